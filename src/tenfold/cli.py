@@ -1,0 +1,308 @@
+"""The command line: `tenfold VERB …`. The same verbs exist in Python, for any nn.Module."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from tenfold.errors import UserError, nearest
+
+__all__ = ["main"]
+
+Handler = Callable[[argparse.Namespace, list[str]], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice" in message:
+            given = message.split("'")[1]
+            known = [
+                choice
+                for action in self._actions
+                for choice in (action.choices or ())
+                if given not in (action.choices or ())
+            ]
+            message = f"unknown {given!r}: {nearest(given, known)}"
+        raise UserError(f"{message} (tenfold --help lists the commands)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after `tenfold`; by default the process's.
+
+    Returns:
+        0 when done, 2 for a mistake in what was given, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = _parser()
+        options, rest = parser.parse_known_args(words)
+        options.command = shlex.join(["tenfold", *words])
+        handler: Handler = options.handler
+        if rest and not options.takes_overrides:
+            flag = rest[0].partition("=")[0]
+            known = [name for action in options.parser._actions for name in action.option_strings]
+            raise UserError(f"{options.verb} has no {flag}: {nearest(flag, known)}")
+        handler(options, rest)
+    except UserError as error:
+        print(f"tenfold: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "tenfold: interrupted; the last epoch's checkpoint is kept, and the same command "
+            "with --resume goes on from it",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # `tenfold list | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+# -- verbs ---------------------------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold import data, methods
+    from tenfold.nn import models
+    from tenfold.tasks.recipe import shipped
+
+    described = {key: _first_line(method.__doc__) for key, method in methods.registry().items()}
+    sections = {
+        "methods": described,
+        "models": models.names(),
+        "data": data.names(),
+        "augmentations": data.augmentations(),
+        "recipes": shipped(),
+    }
+    chosen = [options.what] if options.what else list(sections)
+    width = max(len(name) for section in chosen for name in sections[section]) + 2
+    for section in chosen:
+        print(section)
+        for name, text in sections[section].items():
+            print(f"  {name:<{width}}{text}")
+        print()
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.measure import doctor, render
+
+    print(render(doctor()))
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.recipe import parse_overrides
+    from tenfold.tasks.run import check_trainer
+    from tenfold.tasks.setup import make_plan, set_up
+
+    experiment = set_up(options.recipe, overrides=parse_overrides(rest))
+    check_trainer(experiment.recipe.trainer)
+    print(make_plan(experiment))
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.recipe import parse_overrides
+    from tenfold.tasks.run import train
+    from tenfold.tasks.verbs import bench_run
+
+    run = train(
+        options.recipe,
+        run_dir=options.run_dir,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        overrides=parse_overrides(rest),
+        command=options.command,
+    )
+    if run is None:  # not the first rank
+        return
+    print(run.evaluation)
+    if not options.no_bench:
+        print("measuring before and after on this machine …", flush=True)
+        # torch.compile takes minutes to compile a large network: `tenfold bench` has it
+        runtimes = ("pytorch", "onnxruntime", "openvino")
+        command = f"tenfold bench {shlex.quote(str(run.path))}"
+        result = bench_run(run.path, runtimes=runtimes, seconds=1.0, command=command)
+        _print_bench(result)
+    _write_report(str(run.path))
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.verbs import export_run
+
+    result = export_run(options.run, options.to)
+    print(f"{result.path}  {result.bytes:,} bytes, {len(result.folded)} batch norms folded")
+    for check in result.checks:
+        print(
+            f"  {check.runtime}, batch {check.batch}: outputs equal within "
+            f"{check.max_difference:.1e}"
+        )
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.evaluation import evaluate
+
+    print(evaluate(options.model, options.data, to=options.to, batch_size=options.batch_size))
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.verbs import bench_run
+
+    result = bench_run(
+        options.run,
+        baseline=options.baseline,
+        batch_sizes=options.batch,
+        runtimes=options.runtime,
+        threads=options.threads,
+        seconds=options.seconds,
+        command=options.command,
+    )
+    _print_bench(result)
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    _write_report(options.run, options.output)
+
+
+def _predict(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.verbs import predict
+
+    predictions = predict(options.run, options.files, top=options.top)
+    width = max(len(prediction.file) for prediction in predictions)
+    for found in predictions:
+        shown = ", ".join(
+            f"{name} {probability:.1%}"
+            for name, probability in zip(found.classes, found.probabilities, strict=True)
+        )
+        print(f"{found.file:<{width}}  {shown}")
+
+
+def _print_bench(result: object) -> None:
+    from tenfold.measure import BenchResult, table
+
+    assert isinstance(result, BenchResult)
+    print(table(result))
+
+
+def _write_report(run: str, output: str | None = None) -> None:
+    from pathlib import Path
+
+    from tenfold.report import write_report
+
+    written = write_report(Path(run), None if output is None else Path(output))
+    print(f"report: {written}")
+
+
+# -- the parser ----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    from tenfold import __version__
+
+    parser = _Parser(
+        prog="tenfold",
+        description="Make vision models cheaper to train and to run, and measure what was saved.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tenfold {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="verb")
+
+    def verb(name: str, handler: Handler, text: str, overrides: bool = False) -> _Parser:
+        made: _Parser = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(handler=handler, takes_overrides=overrides, parser=made)
+        return made
+
+    listing = verb("list", _list, "List methods, models, data, augmentations and recipes.")
+    what = ("methods", "models", "data", "augmentations", "recipes")
+    listing.add_argument("what", nargs="?", choices=what, help="one section only")
+
+    verb("doctor", _doctor, "Say what this machine can profit from.")
+
+    planning = verb("plan", _plan, "Say what a recipe will do to every layer; train nothing.", True)
+    _recipe_arguments(planning)
+
+    training = verb("train", _train, "Train a recipe to its end, save and measure the model.", True)
+    _recipe_arguments(training)
+    training.add_argument("--run_dir", metavar="PATH", help="the run's folder (runs/<name>)")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    training.add_argument("--overwrite", action="store_true", help="throw the old run away")
+    training.add_argument("--no_bench", action="store_true", help="don't measure at the end")
+
+    exporting = verb("export", _export, "Export a run's model into RUN/export/ and check it there.")
+    exporting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
+    exporting.add_argument("--to", choices=("onnx", "openvino", "torch"), default="onnx")
+
+    evaluating = verb("evaluate", _evaluate, "Evaluate a run, an artifact or an exported file.")
+    evaluating.add_argument("model", metavar="RUN|ARTIFACT|ONNX")
+    evaluating.add_argument(
+        "--data", metavar="NAME", help="another data set than it was trained on"
+    )
+    evaluating.add_argument("--to", choices=("onnx", "openvino"), help="evaluate the exported form")
+    evaluating.add_argument("--batch_size", type=_positive, default=256)
+
+    timing = verb("bench", _bench, "Time a run's model against the dense one, side by side.")
+    timing.add_argument("run", metavar="RUN")
+    timing.add_argument("--baseline", metavar="RUN", help='the run that stands as "before"')
+    timing.add_argument("--batch", type=_positive, nargs="+", default=[1, 16], metavar="SIZE")
+    timing.add_argument("--runtime", nargs="+", metavar="NAME", help="some of the runtimes")
+    timing.add_argument("--threads", type=_positive, help="for every runtime")
+    timing.add_argument("--seconds", type=_seconds, default=2.0, help="a runtime and batch size")
+
+    reporting = verb("report", _report, "Write a run's report, one HTML page.")
+    reporting.add_argument("run", metavar="RUN")
+    reporting.add_argument("--output", metavar="FILE", help="RUN/report.html by default")
+
+    predicting = verb("predict", _predict, "Classify image files.")
+    predicting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
+    predicting.add_argument("files", nargs="+", metavar="FILE")
+    predicting.add_argument("--top", type=_positive, default=3, help="classes to name")
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML file")
+    if {"--help", "-h"} & set(sys.argv):
+        from tenfold.tasks.recipe import keys_help
+
+        parser.epilog = keys_help()
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    return value
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0] if text else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

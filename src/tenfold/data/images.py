@@ -1,0 +1,155 @@
+"""`ImageData`: what a task needs of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tenfold.data.base import ImageSet
+from tenfold.data.loader import FittedImages, ImageLoader, make_loader
+from tenfold.data.preprocessing import Preprocessing
+from tenfold.data.split import Split
+from tenfold.data.transforms import resolve
+from tenfold.errors import UserError
+
+__all__ = ["ImageData"]
+
+
+class ImageData:
+    """Images to train on, held-out images to evaluate on, and the facts about them.
+
+    `create` builds it; build it yourself for a set of your own. Batches are dicts: `image` uint8
+    `(B, C, H, W)`, `label` int64 `(B,)`, `id` int64 `(B,)`, the index in `train` or `test`.
+
+    Args:
+        name: of the data set.
+        classes: their names, by label.
+        train: the images to train on.
+        test: the held-out images.
+        preprocessing: size, mean and so on of the network's input.
+        default_augment: what `augment="auto"` means.
+        workers: default number of loader processes; None: as `train_loader` says.
+
+    Attributes:
+        train, test: the sets, indexed by id. With `skip_bad` they still have the images that can't
+            be read, so that ids don't shift.
+        train_ids, test_ids: int64, the ids that the loaders visit: all but the skipped ones.
+        skipped: names of the images left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        classes: Sequence[str],
+        train: ImageSet | Split,
+        test: ImageSet | Split,
+        preprocessing: Preprocessing,
+        default_augment: str = "none",
+        workers: int | None = None,
+    ) -> None:
+        self._train = train if isinstance(train, Split) else Split("train", train)
+        self._test = test if isinstance(test, Split) else Split("test", test)
+        self.name = name
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+        self.channels = preprocessing.channels
+        self.size = preprocessing.size
+        self.mean = preprocessing.mean
+        self.std = preprocessing.std
+        self.default_augment = default_augment
+        self.train: ImageSet = self._train.images
+        self.test: ImageSet = self._test.images
+        self.train_ids: Tensor = self._train.ids
+        self.test_ids: Tensor = self._test.ids
+        self.skipped: list[str] = self._train.skipped + self._test.skipped
+        self._facts = preprocessing
+        self._workers = workers
+        self._fitted_train = FittedImages(self.train, preprocessing)
+        self._fitted_test = FittedImages(self.test, preprocessing)
+
+    def train_loader(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: str = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | None = None,
+    ) -> ImageLoader:
+        """Return shuffled, augmented batches of the training images.
+
+        Call `loader.sampler.set_epoch(epoch)` ahead of each epoch (Lightning does it by itself, but
+        give its Trainer `use_distributed_sampler=False`: rank and world size are known here).
+
+        Args:
+            batch_size: images per batch and rank.
+            seed: with the epoch and the id, it decides everything random.
+            augment: a name of `augmentations()`.
+            rank: which of the processes this is.
+            world_size: how many there are; each gets the same number of images.
+            workers: loader processes; None: 0 where nothing is slow (images kept in memory, no
+                transforms per sample), else up to 4.
+
+        Raises:
+            UserError: an argument is out of range or unknown; while iterating, an unreadable image.
+        """
+        return make_loader(
+            self._train,
+            self._fitted_train,
+            resolve(augment, self.default_augment),
+            batch_size=_at_least("batch_size", batch_size, 1),
+            seed=_whole("seed", seed),
+            rank=rank,
+            world_size=world_size,
+            workers=self._processes(workers),
+        )
+
+    def test_loader(
+        self, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int | None = None
+    ) -> ImageLoader:
+        """Return batches of the held-out images in order; no rank sees an image twice.
+
+        Raises:
+            UserError: an argument is out of range; while iterating, an unreadable image.
+        """
+        return make_loader(
+            self._test,
+            self._fitted_test,
+            None,
+            batch_size=_at_least("batch_size", batch_size, 1),
+            seed=0,
+            rank=rank,
+            world_size=world_size,
+            workers=self._processes(workers),
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn uint8 `(B, C, H, W)` into normalised float32, on the device that it is on.
+
+        Raises:
+            UserError: other than uint8, or another number of channels.
+        """
+        return self._facts.normalize(images)
+
+    def preprocessing(self) -> dict[str, object]:
+        """Return what `load_image` and `normalize` need, JSON-able, for the artifact."""
+        return self._facts.to_dict()
+
+    def _processes(self, workers: int | None) -> int | None:
+        workers = self._workers if workers is None else workers
+        return None if workers is None else _at_least("workers", workers, 0)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} is {value!r}: expected a whole number; correct it in the call")
+    return value
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if _whole(name, value) < least:
+        raise UserError(f"{name} is {value}: expected at least {least}; correct it in the call")
+    return value

@@ -1,0 +1,188 @@
+"""From a split to batches: dicts of image uint8 `(B, C, H, W)`, label and id int64 `(B,)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from tenfold.data.base import ArraySet, ImageSet
+from tenfold.data.decode import BadImage
+from tenfold.data.preprocessing import Preprocessing
+from tenfold.data.sampler import EpochSampler
+from tenfold.data.split import Split, cpu_count
+from tenfold.data.transforms import Augmentation, SampleTransform, shift_and_flip
+
+__all__ = ["Batch", "FittedImages", "ImageLoader", "make_loader"]
+
+Batch = dict[str, Tensor]
+
+MEMORY_LIMIT = 1 << 30  # bytes of decoded images that a split may keep
+
+
+class FittedImages:
+    """The images of a set at the network's size, each decoded once if all of them fit in 1 GiB.
+
+    Kept are the images of sets that ask for it (`keep_decoded`), after resize and centre crop,
+    filled as they are first used. Workers use what their parent had and keep nothing themselves:
+    each would hold its own copy.
+    """
+
+    def __init__(self, images: ImageSet, facts: Preprocessing) -> None:
+        self.images = images
+        self.facts = facts
+        shape = (len(images), facts.channels, *facts.size)
+        self.kept = images.keep_decoded and math.prod(shape) <= MEMORY_LIMIT
+        self._store: Tensor | None = None
+        if isinstance(images, ArraySet) and tuple(images.images.shape) == shape:
+            self.kept = True
+            self._store, self._filled = images.images, torch.ones(len(images), dtype=torch.bool)
+        elif self.kept:
+            # The system hands out these pages one by one, as images are written to them.
+            self._store = torch.empty(shape, dtype=torch.uint8)
+            self._filled = torch.zeros(len(images), dtype=torch.bool)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the kept images out where a worker is started by pickling."""
+        return {**self.__dict__, "_store": None}
+
+    def batch(self, ids: Tensor) -> Tensor:
+        """Return uint8 `(B, C, H, W)`, a copy."""
+        if self._store is None:
+            return torch.stack([self.one(i) for i in ids.tolist()])
+        missing = ids[~self._filled[ids]].tolist()
+        if missing and get_worker_info() is not None:
+            known = self._filled[ids].tolist()
+            pairs = zip(ids.tolist(), known, strict=True)
+            return torch.stack([self._store[i] if have else self.one(i) for i, have in pairs])
+        for index in missing:
+            self._store[index] = self.one(index)
+            self._filled[index] = True
+        # By NumPy, on one core: torch would wait for all of them, which are busy with training.
+        return torch.from_numpy(self._store.numpy()[ids.numpy()])
+
+    def one(self, index: int) -> Tensor:
+        """Decode one image, resized and cropped: uint8 `(C, H, W)`."""
+        return self.facts.fit(self.images.image(index))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A bad image's way out of a worker: DataLoader would wrap an exception in a traceback."""
+
+    name: str
+    reason: str
+
+
+class _Batches(Dataset[Any]):
+    """Make a batch from the keys `epoch * n + id` of `EpochSampler`."""
+
+    def __init__(
+        self, split: Split, fitted: FittedImages, augmentation: Augmentation | None, seed: int
+    ) -> None:
+        self.split = split
+        self.fitted = fitted
+        self.seed = seed
+        self.augmentation = augmentation or Augmentation("none")
+        self.labels = split.labels
+        self.per_sample = SampleTransform(self.augmentation, fitted.facts.size)
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def __getitem__(self, key: int) -> Batch:
+        return {name: values[0] for name, values in self._batch([key]).items()}
+
+    def __getitems__(self, keys: list[int]) -> Batch | _Failure:
+        """Make one batch; DataLoader prefers this to item after item."""
+        try:
+            return self._batch(keys)
+        except BadImage as error:
+            return _Failure(error.name, error.reason)
+
+    def _batch(self, keys: list[int]) -> Batch:
+        epochs, ids = np.divmod(np.array(keys, dtype=np.int64), len(self))
+        chosen = torch.from_numpy(ids)
+        images = self._augmented(chosen, epochs, ids)
+        return {"image": images, "label": self.labels[chosen], "id": chosen}
+
+    def _augmented(self, chosen: Tensor, epochs: Any, ids: Any) -> Tensor:
+        todo = self.augmentation
+        draws = list(zip(epochs.tolist(), ids.tolist(), strict=True))
+        if todo.resized_crop:
+            stored = self.split.images.image
+            return torch.stack([self.per_sample(stored(i), self.seed, e, i) for e, i in draws])
+        images = self.fitted.batch(chosen)
+        if todo.shift:
+            images = shift_and_flip(images, self.seed, epochs, ids, todo.flip)
+        if todo.policy:
+            pairs = zip(images, draws, strict=True)
+            images = torch.stack([self.per_sample(x, self.seed, e, i) for x, (e, i) in pairs])
+        return images
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader in whose batches a bad image, met by any worker, is an error of one line."""
+
+    dataset: _Batches
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                break
+            yield batch
+        else:
+            return
+        # Let the workers go now: held by the error's traceback until some garbage collection,
+        # their queues may be gone before them, and each then keeps the process waiting for 5 s.
+        self._iterator = None
+        del batches
+        raise self.dataset.split.explain(BadImage(batch.name, batch.reason))
+
+
+def make_loader(
+    split: Split,
+    fitted: FittedImages,
+    augmentation: Augmentation | None,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    workers: int | None,
+) -> ImageLoader:
+    """Make the loader of one split; without an augmentation it is one for evaluation.
+
+    `workers` None means: 0 where decoded images are kept and whole batches are augmented at once
+    (under 1 ms per 128, less than handing a batch over costs), else up to 4.
+    """
+    if workers is None:
+        slow = augmentation is not None and (augmentation.resized_crop or augmentation.policy)
+        workers = 0 if fitted.kept and not slow else min(4, cpu_count())
+    if workers:
+        # Seconds, which forked workers then don't each spend again.
+        import torchvision.transforms.v2  # noqa: F401
+    return ImageLoader(
+        _Batches(split, fitted, augmentation, seed),
+        batch_size=batch_size,
+        sampler=EpochSampler(
+            len(split.images), seed, augmentation is not None, rank, world_size, split.ids
+        ),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_it_is,
+        # DataLoader draws a seed at each start; from here, not from the run's global generator.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,146 @@
+"""What a recipe may say about its data, typed and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tenfold.errors import UserError, unknown_name
+
+__all__ = ["DataOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The options of a data set.
+
+    Attributes:
+        name: of the data set, see `names()`.
+        path: its folder; for cifar10 and cifar100 where the download goes.
+        size: (H, W) of the network's input, or one number for both; None: the set's own.
+        skip_bad: go on without images that can't be read (one scan ahead of the first run).
+        workers: loader processes; None: as `train_loader` says.
+        limit: use only the first so many training images.
+        mean: per channel, of images scaled to 0..1; None: the set's own.
+        std: likewise.
+
+    Raises:
+        UserError: a value of the wrong type or out of range.
+    """
+
+    name: str
+    path: Path | None = None
+    size: tuple[int, int] | None = None
+    skip_bad: bool = False
+    workers: int | None = None
+    limit: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        checked = {
+            "name": _text(self.name),
+            "path": _path(self.path),
+            "size": _size(self.size),
+            "skip_bad": _truth(self.skip_bad),
+            "workers": _whole("workers", self.workers, 0),
+            "limit": _whole("limit", self.limit, 1),
+            "mean": _numbers("mean", self.mean),
+            "std": _numbers("std", self.std),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.std is not None and min(self.std) <= 0:
+            raise _wrong("std", list(self.std), "numbers above 0")
+
+    @classmethod
+    def parse(cls, spec: str | Mapping[str, object]) -> DataOptions:
+        """Read `"name"`, `"name:PATH"` or a mapping with `name` and options.
+
+        Raises:
+            UserError: an unknown option, or a value of the wrong type or out of range.
+        """
+        if isinstance(spec, str):
+            spec = {"name": spec}
+        elif not isinstance(spec, Mapping):
+            raise _wrong("data", spec, "a name, name:PATH, or a mapping with a name")
+        given = dict(spec)
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise unknown_name("option of data", str(key), known)
+        name, colon, path = _text(given.get("name")).partition(":")
+        if colon and given.get("path") is not None:
+            raise _wrong("data.name", given["name"], "the path once: in the name or as path")
+        if colon:
+            given |= {"path": path}
+        return cls(**(given | {"name": name}))  # type: ignore[arg-type]
+
+    def folder(self) -> Path:
+        """Return the path of a set that can't do without one.
+
+        Raises:
+            UserError: no path is given, or it isn't a folder.
+        """
+        if self.path is None:
+            raise UserError(
+                f"data {self.name} has no path: expected its folder; give {self.name}:PATH"
+            )
+        if not self.path.is_dir():
+            what = "is a file" if self.path.exists() else "doesn't exist"
+            raise UserError(f"data path {self.path} {what}: expected a folder; check the path")
+        return self.path
+
+
+def _wrong(name: str, value: object, expected: str) -> UserError:
+    name = name if name.startswith("data") else f"data.{name}"
+    return UserError(f"{name} is {value!r}: expected {expected}; correct it in the recipe")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong("name", value, "the name of a data set, such as digits")
+    return value
+
+
+def _path(value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise _wrong("path", value, "a folder")
+    return Path(os.fsdecode(value)).expanduser()
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong("skip_bad", value, "true or false")
+    return value
+
+
+def _whole(name: str, value: object, least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _wrong(name, value, f"a whole number of at least {least}")
+    return value
+
+
+def _size(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = [s for s in sides if isinstance(s, int) and not isinstance(s, bool) and s >= 1]
+    if len(whole) != 2 or len(sides) != 2:
+        raise _wrong("size", value, "pixels, one whole number or [H, W], at least 1")
+    return whole[0], whole[1]
+
+
+def _numbers(name: str, value: object) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    values = list(value) if isinstance(value, list | tuple) else []
+    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise _wrong(name, value, "a list of numbers, one per channel")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,276 @@
+"""Export a network to ONNX, OpenVINO or a torch.export file, and prove that the file computes it.
+
+BatchNorm is folded, the batch dimension is dynamic, and before a file takes its name it is run in
+the engines it is meant for, at two batch sizes, and compared with the original network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.deploy.fold import eval_copy, fold_batch_norm
+from tenfold.errors import UserError, unknown_name
+from tenfold.measure.inputs import (
+    ExampleInputs,
+    as_inputs,
+    outputs_of,
+    random_like,
+    run_once,
+)
+from tenfold.measure.onnx_write import metadata_text, trace_inputs, write_onnx
+from tenfold.measure.quiet import quiet, reason
+from tenfold.measure.runners import (
+    METADATA_KEY,
+    OnnxModel,
+    OpenVinoModel,
+    load_openvino,
+)
+
+__all__ = ["Check", "ExportResult", "export"]
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+# Neither is the batch that the model is traced with.
+CHECKED_BATCHES = (1, 3)
+# Relative to max(1, largest output of the original network).
+TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = 1e-4
+
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest difference, relative to max(1, largest reference output)."""
+
+    runtime: str
+    batch: int
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` wrote.
+
+    Attributes:
+        path: The file; for OpenVINO the `.xml`, with its `.bin` beside it.
+        format: "onnx", "openvino" or "torch".
+        bytes: Size of all files written.
+        checks: The comparisons that the file passed.
+        folded: Names of the BatchNorm modules that were folded away.
+    """
+
+    path: Path
+    format: str
+    bytes: int
+    checks: list[Check]
+    folded: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: ExampleInputs,
+    to: str = "onnx",
+    metadata: Mapping[str, Any] | None = None,
+) -> ExportResult:
+    """Write `model` for another runtime, check it there, and return where it is.
+
+    `path` that ends in the format's suffix (`.onnx`, `.xml`, `.pt2`) is the file; any other path is
+    a folder, in which `model<suffix>` is written. Folders are created. A file that is there is
+    replaced only after the new one has passed. The model itself is not changed.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> export(network, "net.onnx", torch.zeros(1, 3, 2, 2)).path  # doctest: +SKIP
+    PosixPath('net.onnx')
+
+    Args:
+        model: Any network; a copy in eval mode on the CPU is exported.
+        path: A file or a folder.
+        example_inputs: Tensor `(B, ...)`, or several; B may be 1, the file takes any batch.
+        to: "onnx", "openvino" (float32 weights) or "torch" (a torch.export program).
+        metadata: JSON-able facts such as classes and preprocessing, kept in the file under
+            "tenfold" and read back by `OnnxModel.metadata` and `OpenVinoModel.metadata`.
+
+    Raises:
+        UserError: If the model can't be exported, or the file computes something else.
+    """
+    if to not in FORMATS:
+        raise unknown_name("export format", to, FORMATS)
+    target = _target(Path(path), to)
+    metadata_text(metadata)
+    inputs = tuple(value.cpu() for value in as_inputs(example_inputs))
+    original = eval_copy(model).cpu()
+    run_once(original, inputs, "the model")
+    folded = fold_batch_norm(original, inputs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-")
+    except OSError as error:
+        raise UserError(
+            f"{target.parent} can't be written: {error}: choose another path"
+        ) from error
+    with folder as temporary:
+        draft = Path(temporary) / target.name
+        _write(folded.model, draft, inputs, to, metadata)
+        checks = []
+        for runtime, open_runner in _runtimes(to):
+            with _named(runtime):
+                runner = open_runner(draft)
+            checks += _check(runtime, runner, original, inputs)
+            del runner  # lets go of the file
+        # The companions (.bin, .data) go first, so that the main file never lacks them.
+        written = sorted(Path(temporary).iterdir(), key=lambda file: file.name == target.name)
+        size = sum(file.stat().st_size for file in written)
+        for file in written:
+            os.replace(file, target.parent / file.name)
+    return ExportResult(target, to, size, checks, folded.folded)
+
+
+def _target(path: Path, to: str) -> Path:
+    suffix = FORMATS[to]
+    if path.suffix.lower() == suffix and not path.is_dir():
+        return path
+    if path.suffix.lower() in FORMATS.values() and not path.is_dir():
+        raise UserError(
+            f"{path} does not fit to={to!r}, which writes {suffix}: change the "
+            "ending or name a folder"
+        )
+    return path / f"model{suffix}"
+
+
+def _write(
+    model: nn.Module,
+    draft: Path,
+    inputs: tuple[Tensor, ...],
+    to: str,
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    if to == "onnx":
+        write_onnx(model, draft, inputs, metadata)
+    elif to == "openvino":
+        with tempfile.TemporaryDirectory() as folder:
+            onnx_file = Path(folder) / "model.onnx"
+            write_onnx(model, onnx_file, inputs)
+            _write_openvino(onnx_file, draft, metadata)
+    else:
+        _write_program(model, draft, inputs, metadata)
+
+
+def _write_openvino(onnx_file: Path, draft: Path, metadata: Mapping[str, Any] | None) -> None:
+    openvino = load_openvino()
+    try:
+        with quiet():
+            converted = openvino.Core().read_model(str(onnx_file))
+            text = metadata_text(metadata)
+            if text is not None:
+                converted.set_rt_info(text, [METADATA_KEY])
+            openvino.save_model(converted, str(draft), compress_to_fp16=False)
+    except Exception as error:
+        raise UserError(
+            f'OpenVINO can\'t convert the model: {reason(error)}: use to="onnx" and another runtime'
+        ) from error
+
+
+def _write_program(
+    model: nn.Module,
+    draft: Path,
+    inputs: tuple[Tensor, ...],
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    batch = torch.export.Dim("batch")
+    text = metadata_text(metadata)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                model,
+                trace_inputs(inputs),
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+            )
+            extra = None if text is None else {METADATA_KEY: text}
+            torch.export.save(program, str(draft), extra_files=extra)
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} can't be exported by torch.export: {reason(error)}: rewrite "
+            "that part of forward() without Python control flow on tensors or on the batch size"
+        ) from error
+
+
+def _runtimes(to: str) -> list[tuple[str, Callable[[Path], Runner]]]:
+    if to == "onnx":
+        return [("onnxruntime", OnnxModel), ("openvino", OpenVinoModel)]
+    if to == "openvino":
+        return [("openvino", OpenVinoModel)]
+    return [("torch.export", _load_program)]
+
+
+def _load_program(path: Path) -> Runner:
+    with quiet():
+        return torch.export.load(str(path)).module()
+
+
+@contextlib.contextmanager
+def _named(runtime: str) -> Iterator[None]:
+    """Say in an error which runtime refused a file that nobody will find under its draft name."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the exported model can't be run by {runtime}: {reason(error)}: nothing was written"
+        ) from error
+
+
+def _check(
+    runtime: str, runner: Runner, original: nn.Module, inputs: tuple[Tensor, ...]
+) -> list[Check]:
+    checks = []
+    for batch in CHECKED_BATCHES:
+        drawn = random_like(inputs, batch, seed=batch)
+        expected = run_once(copy.deepcopy(original), drawn, "the model")
+        with _named(runtime), torch.no_grad():
+            outputs = outputs_of(runner(*drawn))
+        difference = _difference(outputs, expected, runtime, batch)
+        tolerance = TOLERANCES.get(expected[0].dtype, TOLERANCE)
+        if not difference <= tolerance:  # also true for NaN
+            raise UserError(
+                f"the exported model computes something else in {runtime} at batch {batch}: "
+                f"difference {difference:.2g}, expected at most {tolerance:g}: nothing was "
+                "written; please report the layer types of this model"
+            )
+        checks.append(Check(runtime, batch, difference))
+    return checks
+
+
+def _difference(
+    outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], runtime: str, batch: int
+) -> float:
+    shapes = [tuple(output.shape) for output in outputs]
+    wanted = [tuple(reference.shape) for reference in expected]
+    if shapes != wanted:
+        raise UserError(
+            f"the exported model returns shapes {shapes} in {runtime} at batch {batch}; expected "
+            f"{wanted}: keep the batch size out of Python arithmetic in forward()"
+        )
+    worst = 0.0
+    for output, reference in zip(outputs, expected, strict=True):
+        if reference.numel() == 0:
+            continue
+        size = max(1.0, float(reference.abs().max()))
+        difference = float((output.double() - reference.double()).abs().max()) / size
+        if difference != difference:
+            return difference
+        worst = max(worst, difference)
+    return worst

@@ -1,0 +1,66 @@
+"""The methods: one file a paper. `from tenfold.methods import LBC` is all that a loop needs.
+
+A method is found from its file: the module `lbc` holds the class whose lower-case name is `lbc`,
+and that is its name in recipes and on the command line too. The other public names of a method's
+module (its pure functions) can be imported from here as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from tenfold.errors import UserError, unknown_name
+from tenfold.imports import import_object, is_object_name
+from tenfold.methods.base import Kind, LayerPlan, Method, Stage, in_order
+
+if TYPE_CHECKING:  # for completion and type checkers only; at run time names are found from files
+    from tenfold.methods.lbc import LBC as LBC
+    from tenfold.methods.lbc import candidates as candidates
+    from tenfold.methods.lbc import from_blocks as from_blocks
+    from tenfold.methods.lbc import removed_candidates as removed_candidates
+    from tenfold.methods.lbc import to_blocks as to_blocks
+
+__all__ = ["Kind", "LayerPlan", "Method", "Stage", "find", "in_order", "registry"]
+
+
+def registry() -> dict[str, type[Method]]:
+    """Return every method of the package by its key, in alphabetical order."""
+    found = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, Method)
+                and value.__module__ == module.__name__
+                and value.key() == entry.name
+            ):
+                found[entry.name] = value
+    return dict(sorted(found.items()))
+
+
+def find(key: str) -> type[Method]:
+    """Return a method's class by its key, or one's own by `package.module:Class`.
+
+    Raises:
+        UserError: there is none of that name, or it is no method.
+    """
+    if is_object_name(key):
+        value = import_object(key, "method")
+        if not (isinstance(value, type) and issubclass(value, Method)):
+            raise UserError(f"method {key!r} is not a subclass of tenfold.methods.Method")
+        return value
+    known = registry()
+    if key not in known:
+        raise unknown_name("method", key, known)
+    return known[key]
+
+
+def __getattr__(name: str) -> Any:
+    for key, method in registry().items():
+        module = importlib.import_module(f"{__name__}.{key}")
+        if name == method.__name__ or name in getattr(module, "__all__", ()):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

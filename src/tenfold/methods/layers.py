@@ -1,0 +1,158 @@
+"""Choose the layers that a weight method treats, with a reason for each that it leaves alone."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from tenfold.errors import UserError, nearest
+from tenfold.methods.base import LayerPlan
+
+__all__ = ["choose_layers"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
+
+def choose_layers(
+    model: nn.Module,
+    treatment: str,
+    misfit: Callable[[Layer], str | None],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    kept: float = 1.0,
+) -> list[LayerPlan]:
+    """List every convolution and linear layer with its treatment or the reason for none.
+
+    By default every layer is treated but the first convolution, the last linear layer, depthwise
+    convolutions and layers that don't fit.
+
+    Args:
+        model: any module.
+        treatment: what a treated layer gets, as shown to the user.
+        misfit: returns why a layer can't be treated, or None.
+        include: names or patterns (`layer1.*`); exactly these layers are treated.
+        exclude: names or patterns of layers to leave alone.
+        kept: share of a treated layer's weights that will not be zero.
+
+    Raises:
+        UserError: a pattern matches no layer, an included layer doesn't fit, or none is left.
+    """
+    layers: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+    }
+    for pattern in (*(include or ()), *(exclude or ())):
+        if not fnmatch.filter(layers, pattern):
+            raise UserError(
+                f"layer {pattern!r} matches no convolution or linear layer: "
+                f"{nearest(pattern, layers)}"
+            )
+    shared = _shared_weights(layers)
+    defaults = _default_exclusions(layers)
+    plan = []
+    for name, layer in layers.items():
+        named = include is not None and _matches(name, include)
+        reason: str | None = None
+        if exclude is not None and _matches(name, exclude):
+            reason = "excluded by the recipe"
+        elif include is not None and not named:
+            reason = "not among the included layers"
+        elif not named:
+            reason = defaults.get(name)
+        if reason is None:
+            why = _unfit(layer, shared.get(name), misfit)
+            if why is not None and named:
+                raise UserError(
+                    f"layer {name} can't be made {treatment}: {why}; exclude it, or choose "
+                    "other values"
+                )
+            reason = why
+        plan.append(
+            LayerPlan(
+                name=name,
+                type=type(layer).__name__,
+                shape=tuple(_weight(layer).shape),
+                treatment=treatment if reason is None else None,
+                reason=reason,
+                kept=kept if reason is None else 1.0,
+            )
+        )
+    plan.extend(_fused_projections(model))
+    if not any(layer.treatment for layer in plan):
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan[:4])
+        raise UserError(
+            f"no layer is left to be made {treatment} "
+            f"({reasons or 'the model has no convolution or linear layer'}): choose other values, "
+            "or include layers by name"
+        )
+    return plan
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _default_exclusions(layers: dict[str, nn.Module]) -> dict[str, str]:
+    reasons = {}
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, _CONVOLUTIONS)]
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    # Depthwise convolutions have no channels to choose among; their own reason says so.
+    if convolutions:
+        reasons[convolutions[0]] = "first convolution, kept dense"
+    if linears:
+        reasons[linears[-1]] = "last linear layer, kept dense"
+    return reasons
+
+
+def _unfit(layer: nn.Module, twin: str | None, misfit: Callable[[Layer], str | None]) -> str | None:
+    if isinstance(layer, _TRANSPOSED):
+        return "transposed convolution"
+    if twin is not None:
+        return f"shares its weight with {twin}"
+    if isinstance(layer, _CONVOLUTIONS) and layer.weight.shape[1] == 1 and layer.groups > 1:
+        return "depthwise convolution"
+    assert isinstance(layer, (*_CONVOLUTIONS, nn.Linear))
+    return misfit(layer)
+
+
+def _fused_projections(model: nn.Module) -> list[LayerPlan]:
+    """List the weights that hide in `nn.MultiheadAttention`, so that none is passed over unsaid."""
+    return [
+        LayerPlan(
+            name=f"{name}.in_proj_weight",
+            type=type(module).__name__,
+            shape=tuple(module.in_proj_weight.shape),
+            treatment=None,
+            reason="one fused parameter of nn.MultiheadAttention, not a layer (timm's ViTs have "
+            "a linear layer there)",
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+    ]
+
+
+def _shared_weights(layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Return, for each layer whose weight is tied to another's, one of those others."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if isinstance(weight, Tensor):
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }

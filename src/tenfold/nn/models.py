@@ -1,0 +1,221 @@
+"""Networks by name: `timm/…`, `torchvision/…`, our own, or a function of the user's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tenfold.errors import UserError, unknown_name
+from tenfold.imports import import_object, is_object_name
+from tenfold.nn.cifar_resnet import CifarResNet
+from tenfold.nn.digitnet import DigitNet
+
+__all__ = ["Network", "build", "load_pretrained", "names", "rebuild"]
+
+_OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    **{f"resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (20, 32, 44, 56, 110)},
+    "digitnet": (DigitNet, {}),
+}
+
+
+def names() -> dict[str, str]:
+    """Return the networks that a recipe may name, with a line about each."""
+    described = {
+        name: (network.__doc__ or "").strip().splitlines()[0] for name, (network, _) in _OWN.items()
+    }
+    for depth in (20, 32, 44, 56, 110):
+        described[f"resnet{depth}"] = f"CIFAR ResNet of {depth} layers (shortcut: A or B)"
+    described["timm/<name>"] = (
+        "any model of timm, such as timm/resnet50 or timm/vit_tiny_patch16_224"
+    )
+    described["torchvision/<name>"] = "any classifier of torchvision, such as torchvision/resnet18"
+    described["<file.py or package.module>:<function>"] = "your own; called with num_classes"
+    return described
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is needed to build a network again, with fresh weights.
+
+    Attributes:
+        name: `timm/…`, `torchvision/…` or `tenfold/…`; None for the user's own code, which an
+            artifact never imports.
+        arguments: keyword arguments of its constructor.
+    """
+
+    name: str | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    channels: int = 3,
+    size: tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Network]:
+    """Build a network with fresh weights.
+
+    Args:
+        name: as in a recipe's `model`; an artifact's `tenfold/…` works too.
+        num_classes: outputs.
+        channels: input channels.
+        size: height and width of the input; given to transformers of timm that need it.
+        options: further keyword arguments of the constructor.
+
+    Returns:
+        The network, and what an artifact stores to build it again.
+
+    Raises:
+        UserError: an unknown name, or arguments that the constructor refuses.
+    """
+    given = dict(options or {})
+    if is_object_name(name):
+        return _users_own(name, num_classes, channels, given), Network(None)
+    library, slash, model = name.partition("/")
+    if library == "timm" and slash:
+        return _timm(model, {"num_classes": num_classes, "in_chans": channels, **given}, size)
+    if library == "torchvision" and slash:
+        return _torchvision(model, {"num_classes": num_classes, **given}, channels)
+    own = name.removeprefix("tenfold/")
+    if own not in _OWN:
+        raise unknown_name("model", name, [*_OWN, "timm/<name>", "torchvision/<name>"])
+    network, fixed = _OWN[own]
+    arguments = {"num_classes": num_classes, "channels": channels, **given}
+    return (
+        _call(network, {**fixed, **arguments}, name),
+        Network(f"tenfold/{own}", arguments),
+    )
+
+
+def rebuild(network: Network) -> nn.Module:
+    """Build what an artifact names, from the arguments that it stores.
+
+    Raises:
+        UserError: the artifact was written from the user's own code, or the library refuses.
+    """
+    arguments = dict(network.arguments)
+    library, _, model = (network.name or "").partition("/")
+    if library == "timm":
+        return _timm(model, arguments, None)[0]
+    if library == "torchvision":
+        return _torchvision(model, arguments, 3)[0]
+    if library == "tenfold" and model in _OWN:
+        constructor, fixed = _OWN[model]
+        built: nn.Module = _call(constructor, {**fixed, **arguments}, network.name or "")
+        return built
+    raise unknown_name("network", str(network.name), [f"tenfold/{name}" for name in _OWN])
+
+
+def load_pretrained(model: nn.Module, network: Network) -> list[str]:
+    """Load the library's published weights into a network; downloads them at first use.
+
+    Returns:
+        The names of parameters that keep their fresh values, such as a head for other classes.
+
+    Raises:
+        UserError: the library has no weights of that name, or they can't be fetched.
+    """
+    library, _, name = (network.name or "").partition("/")
+    try:
+        if library == "timm":
+            import timm
+
+            arguments = {**network.arguments}
+            state = timm.create_model(name, pretrained=True, **arguments).state_dict()
+        elif library == "torchvision":
+            import torchvision
+
+            weights = torchvision.models.get_model_weights(name).DEFAULT
+            state = weights.get_state_dict(check_hash=True)
+        else:
+            raise UserError(
+                f"init: pretrained needs a timm/… or torchvision/… model, got {network.name}"
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the pretrained weights of {network.name} could not be loaded "
+            f"({type(error).__name__}: {_first_line(error)}): check the network connection, or "
+            "give init a .safetensors or .pth file"
+        ) from error
+    own = model.state_dict()
+    fitting = {
+        key: value for key, value in state.items() if key in own and own[key].shape == value.shape
+    }
+    model.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
+def _users_own(name: str, num_classes: int, channels: int, given: dict[str, Any]) -> nn.Module:
+    function = import_object(name, "model")
+    if not callable(function):
+        raise UserError(f"model {name!r} is not callable: expected a function or class")
+    accepted = inspect.signature(function).parameters
+    for key, value in (("num_classes", num_classes), ("channels", channels)):
+        if key in accepted and key not in given:
+            given[key] = value
+    model = _call(function, given, name)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name!r} returned {type(model).__name__}: expected an nn.Module")
+    return model
+
+
+def _timm(
+    name: str, arguments: dict[str, Any], size: tuple[int, int] | None
+) -> tuple[nn.Module, Network]:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    if size is not None and "img_size" not in arguments:
+        # Transformers are built for one size; convolutional networks refuse the argument.
+        sized = {**arguments, "img_size": list(size)}
+        try:
+            return timm.create_model(name, **sized), Network(f"timm/{name}", sized)
+        except TypeError:
+            pass
+        except Exception as error:
+            raise UserError(
+                f"timm/{name} can't take images of {size[0]}x{size[1]}: {_first_line(error)}"
+            ) from error
+    return _call(timm.create_model, {"model_name": name, **arguments}, f"timm/{name}"), Network(
+        f"timm/{name}", arguments
+    )
+
+
+def _torchvision(name: str, arguments: dict[str, Any], channels: int) -> tuple[nn.Module, Network]:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown_name("torchvision model", name, known)
+    if channels != 3:
+        raise UserError(
+            f"torchvision/{name} takes 3 channels, and the data has {channels}: choose a timm "
+            "model, which adapts its first layer, or one of our own"
+        )
+    model = _call(torchvision.models.get_model, {"name": name, **arguments}, f"torchvision/{name}")
+    return model, Network(f"torchvision/{name}", arguments)
+
+
+def _call(function: Any, arguments: dict[str, Any], name: str) -> Any:
+    try:
+        return function(**arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UserError(
+            f"model {name} can't be built with {shown}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

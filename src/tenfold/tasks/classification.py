@@ -1,0 +1,247 @@
+"""The task that learns classes from images, as a LightningModule and a LightningDataModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from tenfold.data import ImageData
+from tenfold.data.randomness import mix_one
+from tenfold.errors import UserError
+from tenfold.methods import Method
+from tenfold.tasks.optimization import make_optimizer, make_schedule
+from tenfold.tasks.recipe import Train
+
+__all__ = ["Classification", "ImageDataModule", "as_batch", "epoch_sizes"]
+
+Batch = dict[str, Tensor]
+
+
+class Classification(pl.LightningModule):
+    """Train and validate an image classifier.
+
+    A batch is a dict of `image` `(B, C, H, W)`, `label` `(B,)` and `id` `(B,)`; plain `(x, y)`
+    pairs are taken too, unless a method needs ids.
+
+    Args:
+        model: the network; maps images to logits `(B, num_classes)`.
+        train: the recipe's section.
+        num_classes: number of classes.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: of the first epoch, for the warm-up.
+        methods: in the order of their stages; the callback attaches and drives them.
+        normalize: turns stored images into the network's input.
+        seed: of everything random in a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Train,
+        *,
+        num_classes: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        methods: Sequence[Method] = (),
+        normalize: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model = model
+        self.recipe = train
+        self.num_classes = num_classes
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.methods = list(methods)
+        self.normalize = normalize
+        self.seed = seed
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        self.train_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self._mix = _mixing(train, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map normalised images `(B, C, H, W)` to logits."""
+        logits: Tensor = self.model(image)
+        return logits
+
+    def _prepared(self, batch: Any) -> Batch:
+        """Normalise the batch, on the device that it has been moved to."""
+        found = as_batch(batch, needs_ids=any(method.needs_ids for method in self.methods))
+        if self.normalize is not None and found["image"].dtype == torch.uint8:
+            found["image"] = self.normalize(found["image"])
+        if found["image"].ndim == 4:
+            found["image"] = found["image"].contiguous(memory_format=torch.channels_last)
+        return found
+
+    def on_train_epoch_start(self) -> None:
+        """Draw what is random in steps (mixing, dropout) from seed, epoch and rank alone."""
+        torch.manual_seed(mix_one(self.seed, self.current_epoch, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the batch's loss.
+
+        Raises:
+            UserError: labels outside the classes, or a loss that is not finite.
+        """
+        batch = self._prepared(batch)
+        label = batch["label"]
+        if int(label.max()) >= self.num_classes or int(label.min()) < 0:
+            raise UserError(
+                f"labels from {int(label.min())} to {int(label.max())} with {self.num_classes} "
+                f"classes: expected 0 to {self.num_classes - 1}"
+            )
+        replacing = next((method for method in self.methods if method.replaces_loss), None)
+        if replacing is not None:
+            loss = replacing.training_loss(self.model, batch, self.criterion)
+        elif self._mix is not None:
+            image, label = self._mix(batch["image"], label)
+            loss = self.criterion(self(image), label)
+        else:
+            loss = self.criterion(self(batch["image"]), label)
+        if not bool(torch.isfinite(loss)):
+            self._stop(loss, batch, batch_idx)
+        self.train_loss.update(loss.detach(), weight=len(batch["label"]))
+        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def _stop(self, loss: Tensor, batch: Batch, batch_idx: int) -> None:
+        ids = batch["id"][:8].tolist() if "id" in batch else []
+        raise UserError(
+            f"the loss became {float(loss)} at step {self.global_step} (epoch "
+            f"{self.current_epoch}, batch {batch_idx}{f', first ids {ids}' if ids else ''}): "
+            "lower train.lr or set train.clip_norm; the last good checkpoint is kept, and "
+            "--resume goes on from it"
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count hits and loss over the held-out images."""
+        batch = self._prepared(batch)
+        logits = self(batch["image"])
+        size = len(batch["label"])
+        self.test_loss.update(functional.cross_entropy(logits, batch["label"]), weight=size)
+        self.test_accuracy.update(logits, batch["label"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out figures."""
+        self.log("test_loss", self.test_loss, prog_bar=True)
+        self.log("test_accuracy", self.test_accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over what no method owns, and its schedule by steps."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for method in self.methods:
+            mine = {id(parameter) for parameter in method.parameters_for(self.model)}
+            parameters = [p for p in parameters if id(p) in mine]
+        recipe = self.recipe
+        optimizer = make_optimizer(
+            recipe.optimizer, parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        schedule = make_schedule(
+            recipe.schedule,
+            optimizer,
+            self.total_steps,
+            round(recipe.warmup_epochs * self.steps_per_epoch),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Lend a data set to a Trainer, each rank its own share."""
+
+    def __init__(self, data: ImageData, train: Train, seed: int):
+        super().__init__()
+        self.data = data
+        self.recipe = train
+        self.seed = seed
+
+    def _ranks(self) -> dict[str, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+    def train_dataloader(self) -> Any:
+        """Return shuffled, augmented batches."""
+        return self.data.train_loader(
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+            augment=self.recipe.augment,
+            **self._ranks(),
+        )
+
+    def val_dataloader(self) -> Any:
+        """Return the held-out images in order."""
+        return self.data.test_loader(batch_size=self.recipe.batch_size, **self._ranks())
+
+
+def as_batch(batch: Any, needs_ids: bool = False) -> Batch:
+    """Bring what a loader gave into the form of a batch.
+
+    Raises:
+        UserError: neither a mapping with image and label nor a pair, or ids are missing.
+    """
+    if isinstance(batch, Mapping) and "image" in batch and "label" in batch:
+        found: Batch = dict(batch)
+    elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
+        found = dict(zip(("image", "label", "id"), batch, strict=False))
+    else:
+        raise UserError(
+            f"the loader gave {type(batch).__name__}: expected (images, labels), or a dict with "
+            "image, label and id"
+        )
+    if needs_ids and "id" not in found:
+        raise UserError(
+            "the loader gives no ids, and a method of this recipe needs them: let its data set "
+            "return (image, label, id)"
+        )
+    return found
+
+
+def epoch_sizes(
+    samples: int, train: Train, methods: Sequence[Method], world_size: int = 1
+) -> list[int]:
+    """Return the optimizer steps of every epoch, known ahead of the first.
+
+    Args:
+        samples: training images, of all ranks together.
+        train: epochs, batch size and accumulation.
+        methods: one may draw fewer samples.
+        world_size: number of processes.
+    """
+    drawn = [samples] * train.epochs
+    for method in methods:
+        drawn = [
+            min(ours, own)
+            for ours, own in zip(drawn, method.epoch_samples(samples, train.epochs), strict=True)
+        ]
+    batches = [math.ceil(math.ceil(count / world_size) / train.batch_size) for count in drawn]
+    return [math.ceil(count / train.accumulate) for count in batches]
+
+
+def _mixing(train: Train, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    if not train.mixup and not train.cutmix:
+        return None
+    from torchvision.transforms import v2
+
+    chosen = []
+    if train.mixup:
+        chosen.append(v2.MixUp(alpha=train.mixup, num_classes=num_classes))
+    if train.cutmix:
+        chosen.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
+    mix: Callable[..., tuple[Tensor, Tensor]] = (
+        v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0]
+    )
+    return mix

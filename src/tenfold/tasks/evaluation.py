@@ -1,0 +1,216 @@
+"""Accuracy of anything that turns images into logits: a module, an artifact, an exported file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tenfold.data import ImageData, create
+from tenfold.deploy import artifact
+from tenfold.errors import UserError
+from tenfold.tasks.folder import RunFolder
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over held-out images.
+
+    Attributes:
+        accuracy: share of images whose top class is right, 0 to 1.
+        loss: mean cross-entropy, in nats.
+        images: how many images.
+        data: name of the data set.
+        runtime: pytorch, onnxruntime or openvino.
+    """
+
+    accuracy: float
+    loss: float
+    images: int
+    data: str
+    runtime: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Write one line for a person."""
+        return (
+            f"{self.data}: accuracy {100 * self.accuracy:.2f} % of {self.images:,} held-out "
+            f"images, loss {self.loss:.4f} ({self.runtime})"
+        )
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: ImageData | str | dict[str, Any] | None = None,
+    *,
+    to: str | None = None,
+    batch_size: int = 256,
+) -> Evaluation:
+    """Evaluate on the held-out images of a data set.
+
+    Args:
+        model: a module, or the path of a run, an artifact, an `.onnx` or an OpenVINO `.xml` file.
+        data: a data set or its name; by default the one that a run or file was trained on.
+        to: `onnx` or `openvino`: evaluate what is exported instead. A run's own export is taken,
+            anything else is exported for the occasion.
+        batch_size: images at a time.
+
+    Raises:
+        UserError: nothing there to evaluate, no data named, or outputs that don't fit the classes.
+    """
+    if to not in (None, "torch", "onnx", "openvino"):
+        raise UserError(f"to={to!r}: expected onnx, openvino or torch")
+    with _opened(model, data, to) as (runtime, forward, images):
+        return _evaluate(forward, images, runtime, batch_size)
+
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def _opened(
+    model: nn.Module | str | Path, data: Any, to: str | None
+) -> Iterator[tuple[str, Forward, ImageData]]:
+    """Yield the runtime's name, a function from images to logits, and the data."""
+    if isinstance(model, nn.Module):
+        if data is None:
+            raise UserError("evaluate needs data for a module: pass its name, such as 'digits'")
+        images = _data(data)
+        yield from _module(model, images, to, {})
+        return
+    path = Path(model)
+    if path.suffix in (".onnx", ".xml"):
+        wanted = "onnx" if path.suffix == ".onnx" else "openvino"
+        if to not in (None, wanted):
+            raise UserError(f"{path} is an {wanted} file: leave --to away")
+        runtime, runner = _runner(path)
+        yield runtime, runner, _data(data, runner.metadata, path)
+        return
+    run = RunFolder(path)
+    if run.is_run and not run.is_finished:
+        raise UserError(f"{path} is not finished: go on with tenfold train … --resume first")
+    found = artifact.read(path)
+    images = _data(data, {"recipe": found.recipe}, path)
+    exported = run.export / {"onnx": "model.onnx", "openvino": "model.xml"}.get(to or "", "-")
+    if exported.is_file():
+        runtime, runner = _runner(exported)
+        yield runtime, runner, images
+        return
+    if found.network.name is None:
+        own = None if not run.is_run else _users_model(run, images)
+        if own is None:
+            raise UserError(
+                f"{path} holds a network of your own code: use tenfold.load(path, model=…) and "
+                "tenfold.evaluate(model, data) in Python"
+            )
+        yield from _module(found.model(own), images, to, {})
+        return
+    yield from _module(found.model(), images, to, {})
+
+
+def _module(
+    model: nn.Module, images: ImageData, to: str | None, metadata: dict[str, Any]
+) -> Iterator[tuple[str, Forward, ImageData]]:
+    if to in (None, "torch"):
+        yield "pytorch", _in_eval(model), images
+        return
+    import tempfile
+
+    from tenfold.deploy.onnx import export
+
+    example = torch.zeros(1, images.channels, *images.size)
+    with tempfile.TemporaryDirectory() as folder:
+        written = export(model, folder, example, to=str(to), metadata=metadata)
+        runtime, runner = _runner(written.path)
+        yield runtime, runner, images
+
+
+def _in_eval(model: nn.Module) -> Forward:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def forward(image: Tensor) -> Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.inference_mode():
+                logits: Tensor = model(image.to(device)).float().cpu()
+        finally:
+            for module, training in modes:
+                module.training = training
+        return logits
+
+    return forward
+
+
+def _runner(path: Path) -> tuple[str, Any]:
+    from tenfold.measure import OnnxModel, OpenVinoModel
+
+    if path.suffix == ".xml":
+        return "openvino", OpenVinoModel(path)
+    return "onnxruntime", OnnxModel(path)
+
+
+def _data(
+    data: ImageData | str | dict[str, Any] | None,
+    known: dict[str, Any] | None = None,
+    path: Path | None = None,
+) -> ImageData:
+    if isinstance(data, ImageData):
+        return data
+    if data is None:
+        recipe = (known or {}).get("recipe") or {}
+        data = recipe.get("data")
+        if data is None:
+            raise UserError(f"{path} doesn't say which data it was trained on: give --data NAME")
+    return create(data)
+
+
+def _users_model(run: RunFolder, images: ImageData) -> nn.Module | None:
+    from tenfold.nn import models
+
+    recipe = run.recipe()
+    if ":" not in recipe.model_name:
+        return None
+    return models.build(
+        recipe.model_name,
+        num_classes=images.num_classes,
+        channels=images.channels,
+        size=images.size,
+        options=recipe.model_options,
+    )[0]
+
+
+def _evaluate(forward: Forward, images: ImageData, runtime: str, batch_size: int) -> Evaluation:
+    right, loss, count = 0, 0.0, 0
+    for batch in images.test_loader(batch_size=batch_size):
+        try:
+            logits = forward(images.normalize(batch["image"]))
+        except UserError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"the model doesn't take the images of {images.name} "
+                f"({images.channels}x{images.size[0]}x{images.size[1]}): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        label = batch["label"]
+        if logits.ndim != 2 or logits.shape[1] != images.num_classes:
+            raise UserError(
+                f"the model gives outputs of shape {tuple(logits.shape)}, and {images.name} has "
+                f"{images.num_classes} classes: expected (B, {images.num_classes})"
+            )
+        right += int((logits.argmax(dim=1) == label).sum())
+        loss += float(functional.cross_entropy(logits, label, reduction="sum"))
+        count += len(label)
+    return Evaluation(right / count, loss / count, count, images.name, runtime)

@@ -1,0 +1,290 @@
+"""The verbs that train: from a recipe to a finished, saved and measured model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from tenfold import __version__
+from tenfold.data import ImageData
+from tenfold.deploy import artifact
+from tenfold.errors import UserError, unknown_name
+from tenfold.measure import count_cost
+from tenfold.tasks.callback import MethodCallback
+from tenfold.tasks.classification import Classification, ImageDataModule, epoch_sizes
+from tenfold.tasks.evaluation import Evaluation, evaluate
+from tenfold.tasks.folder import RunFolder, open_run, write_json
+from tenfold.tasks.progress import MetricsFile, progress
+from tenfold.tasks.recipe import Recipe
+from tenfold.tasks.setup import Experiment, layer_plans, layer_rows, plan, set_up
+
+__all__ = ["Run", "evaluate", "plan", "train"]
+
+# What a recipe's `trainer` may not set, and where it belongs instead.
+_OURS = {
+    "max_epochs": "train.epochs",
+    "min_epochs": "train.epochs",
+    "max_steps": "train.epochs",
+    "min_steps": "train.epochs",
+    "accumulate_grad_batches": "train.accumulate",
+    "gradient_clip_val": "train.clip_norm",
+    "gradient_clip_algorithm": "train.clip_norm",
+    "default_root_dir": "--run_dir",
+    "use_distributed_sampler": "nothing: the loaders know their rank",
+    "callbacks": "your own Trainer with tenfold's MethodCallback",
+    "logger": "nothing: metrics.csv is written, and TensorBoard where it is installed",
+    "enable_checkpointing": "nothing: every epoch is kept until the next is",
+    "fast_dev_run": "train.epochs: 1 and data.limit",
+    "overfit_batches": "data.limit",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        model: the finished network in evaluation mode, on the CPU.
+        evaluation: over the held-out images.
+    """
+
+    path: Path
+    model: nn.Module
+    evaluation: Evaluation
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: nn.Module | None = None,
+    data: ImageData | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> Run | None:
+    """Train a recipe to its end, and save the finished model as an artifact.
+
+    Args:
+        recipe: a shipped name, a YAML file, a mapping or a recipe.
+        model: a network to train instead of the one that the recipe names.
+        data: data instead of what the recipe names.
+        run_dir: the run's folder; `runs/<name>` by default.
+        resume: go on from the last checkpoint of the folder.
+        overwrite: throw away the run that is in the folder.
+        overrides: values by dotted key, such as `{"train.epochs": 5}`.
+        command: what the user typed, for the record.
+
+    Returns:
+        The run; None on ranks other than the first.
+
+    Raises:
+        UserError: anything wrong with the recipe, the data or the folder, or a loss that is not
+            finite; the last good checkpoint is kept.
+    """
+    experiment = set_up(recipe, model, data, overrides)
+    path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
+    folder = RunFolder(path)
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    check_trainer(experiment.recipe.trainer)
+    if first:
+        open_run(path, experiment.recipe, resume=resume, overwrite=overwrite)
+        if resume and folder.is_finished:
+            done = folder.facts()["evaluation"]
+            trained = artifact.read(folder.model).model(
+                experiment.model if experiment.network.name is None else None
+            )
+            return Run(path, trained, Evaluation(**done))
+    task, callback, trainer = _build(experiment, folder)
+    checkpoint = folder.last_checkpoint() if resume else None
+    with _quiet():
+        trainer.fit(
+            task,
+            datamodule=ImageDataModule(
+                experiment.data, experiment.recipe.train, experiment.recipe.seed
+            ),
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if not trainer.is_global_zero:
+        return None
+    finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
+    return _finish(experiment, folder, finished, command)
+
+
+def check_trainer(arguments: Mapping[str, Any]) -> None:
+    """Refuse Trainer arguments that don't exist, or that the recipe sets elsewhere."""
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    for key in arguments:
+        if key in _OURS:
+            raise UserError(f"trainer.{key} is set elsewhere: use {_OURS[key]}")
+        if key not in known:
+            raise unknown_name("key", f"trainer.{key}", [f"trainer.{name}" for name in known])
+
+
+def _build(
+    experiment: Experiment, folder: RunFolder
+) -> tuple[Classification, MethodCallback, pl.Trainer]:
+    recipe = experiment.recipe
+    callback = MethodCallback(experiment.methods)
+    callbacks: list[pl.Callback] = [callback]
+    if recipe.train.ema is not None:
+        # Buffers are copied, not averaged: a mask is no quantity to average.
+        callbacks.append(
+            WeightAveraging(
+                use_buffers=False,
+                multi_avg_fn=get_ema_multi_avg_fn(recipe.train.ema),  # type: ignore[no-untyped-call]
+            )
+        )
+    callbacks += [MetricsFile(folder), progress(), _checkpoints(folder)]
+    with _quiet():
+        try:
+            trainer = pl.Trainer(
+                max_epochs=recipe.train.epochs,
+                accumulate_grad_batches=recipe.train.accumulate,
+                gradient_clip_val=recipe.train.clip_norm,
+                default_root_dir=folder.path,
+                callbacks=callbacks,
+                logger=_logger(folder),
+                use_distributed_sampler=False,  # the loaders know their rank
+                **{
+                    "enable_model_summary": False,
+                    "enable_progress_bar": sys.stdout.isatty(),
+                    "num_sanity_val_steps": 0,
+                    "log_every_n_steps": 1,
+                    **recipe.trainer,
+                },
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+    sizes = epoch_sizes(
+        len(experiment.data.train_ids), recipe.train, experiment.methods, trainer.world_size
+    )
+    sizes = _limited(sizes, trainer, recipe)
+    callback.steps_per_epoch = sizes
+    task = Classification(
+        experiment.model.to(memory_format=torch.channels_last),
+        recipe.train,
+        num_classes=experiment.data.num_classes,
+        total_steps=sum(sizes),
+        steps_per_epoch=sizes[0],
+        methods=experiment.methods,
+        normalize=experiment.data.normalize,
+        seed=recipe.seed,
+    )
+    return task, callback, trainer
+
+
+def _checkpoints(folder: RunFolder) -> ModelCheckpoint:
+    """Keep the last two epochs: while one is written, the other is whole."""
+    return ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename="{epoch}",
+        monitor="epoch",
+        mode="max",
+        save_top_k=2,
+        save_on_train_epoch_end=True,
+    )
+
+
+def _limited(sizes: list[int], trainer: pl.Trainer, recipe: Recipe) -> list[int]:
+    limit = trainer.limit_train_batches
+    if limit is None or limit == 1.0:
+        return sizes
+    accumulate = recipe.train.accumulate
+    batches = [
+        min(size * accumulate, limit) if isinstance(limit, int) else int(size * accumulate * limit)
+        for size in sizes
+    ]
+    return [max(1, -(-count // accumulate)) for count in batches]
+
+
+def _logger(folder: RunFolder) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return False
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(folder.path, name="", version="tensorboard")
+
+
+def _finish(
+    experiment: Experiment, folder: RunFolder, model: nn.Module, command: str | None
+) -> Run:
+    recipe, data = experiment.recipe, experiment.data
+    evaluation = evaluate(model, data)
+    described = {
+        "network": experiment.network,
+        "preprocessing": data.preprocessing(),
+        "classes": data.classes,
+        "recipe": recipe.to_dict(),
+    }
+    artifact.save(model, folder.model, **described)  # type: ignore[arg-type]
+    rows = layer_rows(count_cost(model, experiment.example), layer_plans(experiment), measured=True)
+    write_json(folder.path / "layers.json", {"layers": rows})
+    seconds = sum(float(row.get("seconds") or 0) for row in folder.metrics())
+    run = folder.path
+    write_json(
+        run / "run.json",
+        {
+            "name": recipe.name,
+            "label": experiment.label,
+            "command": command,
+            "reproduce": [
+                command or f"tenfold train {shlex.quote(str(run / 'recipe.yaml'))} --overwrite",
+                f"tenfold export {shlex.quote(str(run))} --to onnx",
+                f"tenfold bench {shlex.quote(str(run))}",
+                f"tenfold report {shlex.quote(str(run))}",
+            ],
+            "seconds": round(seconds, 1),
+            "epochs": recipe.train.epochs,
+            "tenfold": __version__,
+            "baseline": recipe.baseline,
+            "evaluation": evaluation.to_dict(),
+            "skipped": data.skipped,
+        },
+    )
+    return Run(run, model, evaluation)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice out of the way; what stops a run still comes through."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for text in (
+            ".*does not have many workers.*",
+            ".*log_every_n_steps.*",
+            ".*GPU available.*",
+        ):
+            warnings.filterwarnings("ignore", text)
+        warnings.filterwarnings("ignore", ".*Checkpoint directory.*exists and is not empty.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

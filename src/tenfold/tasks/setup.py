@@ -1,0 +1,270 @@
+"""From a recipe to the objects of a run (data, network, methods), and the plan of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.data import ImageData, create
+from tenfold.errors import UserError
+from tenfold.measure import Cost, count_cost
+from tenfold.methods import LayerPlan, Method
+from tenfold.nn import models
+from tenfold.nn.models import Network
+from tenfold.tasks.recipe import Recipe, load_recipe
+from tenfold.tasks.starting_point import initialize
+
+__all__ = ["Experiment", "Plan", "plan", "set_up"]
+
+
+@dataclass
+class Experiment:
+    """What a recipe names, made."""
+
+    recipe: Recipe
+    data: ImageData
+    model: nn.Module
+    network: Network
+    methods: list[Method]
+    fresh: list[str]  # parameters that `init` had nothing for
+
+    @property
+    def example(self) -> Tensor:
+        """One image of zeros, `(1, C, H, W)`."""
+        return torch.zeros(1, self.data.channels, *self.data.size)
+
+    @property
+    def label(self) -> str:
+        """What the model is called beside `dense` in tables."""
+        return "+".join(method.key() for method in self.methods) or "dense"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to every layer, and what that costs and saves.
+
+    Attributes:
+        layers: one row a layer: name, type, shape, parameters, macs, kept, effective_macs,
+            treatment, reason.
+        macs: multiply-adds of the dense network for one image.
+        effective_macs: the same when zero weights are skipped; not a time.
+        parameters: of the dense network.
+        nonzero_parameters: those that will be left.
+        notes: further lines for the reader.
+    """
+
+    layers: list[dict[str, Any]]
+    macs: int
+    effective_macs: int
+    parameters: int
+    nonzero_parameters: int
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """Write the plan as a table for a terminal."""
+        rows = [("layer", "type", "weight", "MACs", "treatment")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer["name"],
+                    layer["type"],
+                    "x".join(str(length) for length in layer["shape"]),
+                    f"{layer['macs'] / 1e6:.2f} M",
+                    layer["treatment"] or f"dense: {layer['reason']}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  "
+            f"{row[3]:>{widths[3]}}  {row[4]}"
+            for row in rows
+        ]
+        lines.append("")
+        lines.append(
+            f"parameters  {self.parameters:,} → {self.nonzero_parameters:,} non-zero "
+            f"({self.nonzero_parameters / max(1, self.parameters):.0%})"
+        )
+        lines.append(
+            f"MACs        {self.macs / 1e6:,.2f} M → {self.effective_macs / 1e6:,.2f} M effective "
+            f"({self.effective_macs / max(1, self.macs):.0%}; dense x kept share per layer, "
+            "not a time)"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def set_up(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: nn.Module | None = None,
+    data: ImageData | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Make what a recipe names, and refuse what can't work before anything starts.
+
+    Args:
+        recipe: a shipped name, a YAML file, a mapping or a recipe.
+        model: a network to train instead of the one that the recipe names.
+        data: data instead of what the recipe names.
+        overrides: values by dotted key.
+
+    Raises:
+        UserError: see `load_recipe`, the data, the network and the methods' plans.
+    """
+    values: Any = recipe
+    if isinstance(recipe, Mapping):  # objects stand in for names
+        values = dict(recipe)
+        if model is not None:
+            values.setdefault("model", type(model).__name__)
+        if data is not None:
+            values.setdefault("data", data.name)
+    checked = load_recipe(values, overrides)
+    methods = checked.make_methods()
+    if data is None:
+        data = create(checked.data)
+    elif not isinstance(data, ImageData):
+        raise UserError(
+            f"data is {type(data).__name__}: expected tenfold.data.ImageData, or leave it to the "
+            "recipe; with loaders of your own use the three lines of a method, or MethodCallback"
+        )
+    network = Network(None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(checked.seed)
+        if model is None:
+            model, network = models.build(
+                checked.model_name,
+                num_classes=data.num_classes,
+                channels=data.channels,
+                size=data.size,
+                options=checked.model_options,
+            )
+    fresh = initialize(model, network, checked.init) if checked.init else []
+    experiment = Experiment(checked, data, model, network, methods, fresh)
+    for method in methods:
+        method.plan(model)  # raises here what would be raised after an hour otherwise
+    _try_forward(experiment)
+    return experiment
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: nn.Module | None = None,
+    data: ImageData | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Say what a recipe will do to every layer, without training.
+
+    Args:
+        recipe: a shipped name, a YAML file, a mapping or a recipe.
+        model: a network instead of the one that the recipe names.
+        data: data instead of what the recipe names.
+        overrides: values by dotted key.
+
+    Raises:
+        UserError: whatever would stop the run.
+    """
+    return make_plan(set_up(recipe, model, data, overrides))
+
+
+def make_plan(experiment: Experiment) -> Plan:
+    """Join the methods' plans with the cost of every layer."""
+    cost = count_cost(experiment.model, experiment.example)
+    rows = layer_rows(cost, layer_plans(experiment))
+    saved = sum(row["macs"] - row["effective_macs"] for row in rows)
+    gone = sum(round(_numel(row["shape"]) * (1 - row["kept"])) for row in rows)
+    notes = []
+    if experiment.fresh:
+        shown = ", ".join(experiment.fresh[:4])
+        notes.append(f"init        {shown} start fresh: the given weights don't have them")
+    for skipped in experiment.data.skipped[:3]:
+        notes.append(f"data        left out: {skipped}")
+    if not experiment.methods:
+        notes.append("methods     none: the network stays dense")
+    return Plan(rows, cost.macs, cost.macs - saved, cost.parameters, cost.parameters - gone, notes)
+
+
+def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
+    """Return every layer's treatment; where several methods treat one, they are joined."""
+    plans: dict[str, LayerPlan] = {}
+    for method in experiment.methods:
+        for layer in method.plan(experiment.model):
+            before = plans.get(layer.name)
+            if before is None or not before.treatment:
+                plans[layer.name] = layer
+            elif layer.treatment:
+                plans[layer.name] = LayerPlan(
+                    name=layer.name,
+                    type=layer.type,
+                    shape=layer.shape,
+                    treatment=f"{before.treatment}, {layer.treatment}",
+                    kept=before.kept * layer.kept,
+                )
+    return plans
+
+
+def layer_rows(
+    cost: Cost, plans: Mapping[str, LayerPlan], measured: bool = False
+) -> list[dict[str, Any]]:
+    """Join costs and plans, one row a layer.
+
+    Args:
+        cost: of the network.
+        plans: by layer.
+        measured: take the kept share from the weights as they are, not from the plan.
+    """
+    rows: list[dict[str, Any]] = []
+    for layer in cost.layers:
+        planned = plans.get(layer.name)
+        kept = layer.kept if measured or planned is None else planned.kept
+        rows.append(
+            {
+                "name": layer.name,
+                "type": planned.type if planned else layer.type,
+                "shape": list(layer.shape),
+                "parameters": layer.parameters,
+                "macs": layer.macs,
+                "kept": kept,
+                "effective_macs": round(layer.macs * kept),
+                "treatment": planned.treatment if planned else None,
+                "reason": planned.reason if planned else None,
+            }
+        )
+    return rows
+
+
+def _try_forward(experiment: Experiment) -> None:
+    """Run one image through the network, so that a wrong shape stops the run now."""
+    model, data = experiment.model, experiment.data
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with torch.inference_mode():
+            logits = model(experiment.example.to(device))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model {experiment.recipe.model_name} doesn't take an image of "
+            f"{data.channels}x{data.size[0]}x{data.size[1]} ({data.name}): "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not isinstance(logits, Tensor) or logits.shape != (1, data.num_classes):
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"model {experiment.recipe.model_name} returns {given} for one image: expected logits "
+            f"of shape (1, {data.num_classes}), one per class of {data.name}"
+        )
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,238 @@
+"""The verbs that come after training, on a run's folder: export, bench, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.data import ImageData, create, load_image, normalize
+from tenfold.deploy import artifact
+from tenfold.deploy.onnx import ExportResult, export
+from tenfold.errors import UserError
+from tenfold.measure import BenchResult, bench
+from tenfold.nn import models
+from tenfold.tasks.folder import RunFolder, write_json
+from tenfold.tasks.recipe import Recipe
+
+__all__ = ["Prediction", "bench_run", "export_run", "predict"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one file: names and probabilities, best first."""
+
+    file: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def finished_run(path: str | Path) -> RunFolder:
+    """Open a finished run.
+
+    Raises:
+        UserError: no run there, or one that has not come to its end.
+    """
+    run = RunFolder(Path(path))
+    if not run.is_run:
+        raise UserError(f"{path} is no run: expected a folder that tenfold train made")
+    if not run.is_finished:
+        raise UserError(f"{path} is not finished: go on with tenfold train … --resume first")
+    return run
+
+
+def export_run(path: str | Path, to: str = "onnx") -> ExportResult:
+    """Export a run's model into `RUN/export/`, and note its checks in `export.json`.
+
+    Args:
+        path: the run, or an artifact (then the file lies in `export/` beside `model.json`).
+        to: onnx, openvino or torch.
+
+    Raises:
+        UserError: see `tenfold.export`.
+    """
+    folder = RunFolder(Path(path))
+    found = artifact.read(folder.model if finished(folder) else path)
+    target = folder.export
+    model = model_of(folder, found)
+    result = export(model, target, example_of(found), to=to, metadata=metadata_of(found))
+    notes = target / "export.json"
+    known: list[dict[str, Any]] = []
+    if notes.is_file():
+        import json
+
+        known = json.loads(notes.read_text(encoding="utf-8")).get("exports", [])
+    entry = {**result.to_dict(), "path": result.path.name}
+    write_json(notes, {"exports": [*(e for e in known if e.get("format") != to), entry]})
+    return result
+
+
+def bench_run(
+    path: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    batch_sizes: Sequence[int] = (1, 16),
+    runtimes: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = 2.0,
+    command: str | None = None,
+) -> BenchResult:
+    """Time a run's model against the dense one, and write `RUN/bench.json`.
+
+    Args:
+        path: a finished run.
+        baseline: the run that stands as "before"; by default the recipe's, else the network as it
+            is built before any method.
+        batch_sizes: images at a time.
+        runtimes: some of pytorch, torch.compile, onnxruntime, openvino; all by default.
+        threads: for every runtime.
+        seconds: for one runtime at one batch size.
+        command: what the user typed, for the record.
+
+    Raises:
+        UserError: no finished run, or an argument that `tenfold.bench` refuses.
+    """
+    run = finished_run(path)
+    recipe, found = run.recipe(), artifact.read(run.model)
+    model = model_of(run, found)
+    label = str(run.facts().get("label") or "model")
+    compared: dict[str, nn.Module] = {}
+    accuracy: dict[str, float] = {}
+    packed: dict[str, int] = {}
+    onnx: dict[str, Path] = {}
+    before = baseline or recipe.baseline
+    if before is not None:
+        dense = finished_run(before)
+        dense_artifact = artifact.read(dense.model)
+        compared["dense"] = model_of(dense, dense_artifact)
+        _note(dense, "dense", accuracy, packed, onnx)
+    elif recipe.methods:
+        data = create(recipe.data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            compared["dense"] = _fresh(recipe, data)
+    if label in compared:
+        label = f"{label} ({recipe.name})"
+    compared[label] = model
+    _note(run, label, accuracy, packed, onnx)
+    result = bench(
+        compared,
+        example_of(found),
+        batch_sizes=batch_sizes,
+        threads=threads,
+        runtimes=runtimes,
+        seconds=seconds,
+        accuracy=accuracy,
+        packed_bytes=packed,
+        onnx=onnx,
+        command=command,
+        seed=recipe.seed,
+    )
+    write_json(
+        run.path / "bench.json",
+        {**result.to_dict(), "baseline": None if before is None else str(before)},
+    )
+    return result
+
+
+def predict(
+    path: str | Path, files: Sequence[str | Path], *, top: int = 3, model: nn.Module | None = None
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        path: a run or an artifact.
+        files: images; EXIF rotation is applied, size and channels are brought to the network's.
+        top: classes to name.
+        model: a fresh network, where the artifact names none.
+
+    Raises:
+        UserError: no artifact, or a file that is no readable image; the file is named.
+    """
+    if not files:
+        raise UserError("predict needs at least one image file")
+    folder = RunFolder(Path(path))
+    found = artifact.read(folder.model if finished(folder) else path)
+    if found.preprocessing is None:
+        raise UserError(
+            f"{found.path} doesn't say how its input is prepared: save it with preprocessing=…"
+        )
+    network = found.model(model) if model is not None else model_of(folder, found)
+    results = []
+    for file in files:
+        image = load_image(file, found.preprocessing)
+        with torch.inference_mode():
+            logits: Tensor = network(normalize(image.unsqueeze(0), found.preprocessing))
+        best = logits.softmax(dim=1)[0].topk(min(top, logits.shape[1]))
+        names = found.classes or [str(index) for index in range(logits.shape[1])]
+        results.append(
+            Prediction(str(file), [names[i] for i in best.indices.tolist()], best.values.tolist())
+        )
+    return results
+
+
+def finished(run: RunFolder) -> bool:
+    """Tell whether a folder is a run, and refuse one that has not come to its end."""
+    if run.is_run:
+        finished_run(run.path)
+    return run.is_run
+
+
+def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
+    """Build a run's model; the user's own code is imported from where the recipe says."""
+    if found.network.name is not None or not run.is_run:
+        return found.model()
+    recipe = run.recipe()
+    return found.model(_fresh(recipe, create(recipe.data)))
+
+
+def example_of(found: artifact.Artifact) -> Tensor:
+    """Return one input of zeros, of the size that the artifact names."""
+    facts = found.preprocessing or {}
+    size = facts.get("size")
+    if not isinstance(size, list):
+        raise UserError(
+            f"{found.path} doesn't say the size of its input: use the verb in Python, with "
+            "example_inputs"
+        )
+    return torch.zeros(1, int(facts["channels"]), *size)
+
+
+def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
+    """Return what an exported file tells about itself."""
+    recipe = found.recipe or {}
+    return {
+        "classes": found.classes,
+        "preprocessing": found.preprocessing,
+        "recipe": {"data": recipe.get("data")},
+    }
+
+
+def _fresh(recipe: Recipe, data: ImageData) -> nn.Module:
+    return models.build(
+        recipe.model_name,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        size=data.size,
+        options=recipe.model_options,
+    )[0]
+
+
+def _note(
+    run: RunFolder,
+    label: str,
+    accuracy: dict[str, float],
+    packed: dict[str, int],
+    onnx: dict[str, Path],
+) -> None:
+    evaluation = run.facts().get("evaluation") or {}
+    if "accuracy" in evaluation:
+        accuracy[label] = float(evaluation["accuracy"])
+    packed[label] = artifact.artifact_bytes(run.model)
+    file = run.export / "model.onnx"
+    if file.is_file() and file.stat().st_mtime >= (run.model / "model.json").stat().st_mtime:
+        onnx[label] = file
