@@ -46,7 +46,7 @@ def test_every_form_of_a_spec() -> None:
         ({"name": "digits", "std": [0.0]}, "numbers above 0"),
         ({"name": "digits", "std": ["x"]}, "data.std is"),
         ({"name": "digits", "mean": [0.5, 0.5]}, "expected 1 numbers"),
-        ({"name": "digits", "path": "/tmp"}, "digits comes with the package"),
+        ({"name": "digits", "path": "somewhere"}, "digits comes with the package"),
         ({"name": "npz", "path": 3}, "data.path is 3"),
         ({"name": "npz:a", "path": "b"}, "the path once"),
         ("npz", "npz has no path: expected its folder; give npz:PATH"),

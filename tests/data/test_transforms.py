@@ -18,10 +18,12 @@ def images() -> torch.Tensor:
     return torch.randint(1, 256, (1, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
 
 
-def moves(images: torch.Tensor, flip: bool, seed: int = 0) -> list[tuple[int, int, bool]]:
+def moves(
+    images: torch.Tensor, flip: bool, seed: int = 0, epoch: int = 0
+) -> list[tuple[int, int, bool]]:
     """Find by search what `shift_and_flip` did to each image."""
     many = images.expand(COUNT, -1, -1, -1)
-    out = shift_and_flip(many, seed, np.zeros(COUNT, np.int64), np.arange(COUNT), flip)
+    out = shift_and_flip(many, seed, np.full(COUNT, epoch), np.arange(COUNT), flip)
     assert out.shape == many.shape
     assert out.is_contiguous()
     padded = torch.nn.functional.pad(images[0], (PAD, PAD, PAD, PAD))
@@ -48,7 +50,15 @@ def test_shift_alone_never_mirrors_and_moves_as_with_flip(images) -> None:
     plain, mirrored = moves(images, flip=False), moves(images, flip=True)
     assert not any(flipped for _, _, flipped in plain)
     assert [m[:2] for m in plain] == [m[:2] for m in mirrored]
-    assert moves(images, flip=False, seed=1) != plain
+
+
+@pytest.mark.parity
+def test_each_part_of_a_move_is_drawn_anew_for_every_seed_and_epoch(images) -> None:
+    draws = [moves(images, True, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    columns = [column for found in draws for column in zip(*found, strict=True)]
+    for i, one in enumerate(columns):
+        for other in columns[:i]:
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 0.6 * COUNT
 
 
 @pytest.mark.unit

@@ -248,9 +248,9 @@ def test_owned_parameters_resume_bit_equal():
         step(model2, optimizer2, index)
         gain2.step()
     assert torch.equal(gain.scale.value, gain2.scale.value)
+    focal = Focal()
+    focal.attach(network(), total_steps=2)
     with pytest.raises(UserError, match="state belongs to 'gain': expected one of 'focal'"):
-        focal = Focal()
-        focal.attach(network(), total_steps=2)
         focal.load_state_dict(saved[1])
 
 

@@ -117,7 +117,7 @@ class Classification(pl.LightningModule):
     def _stop(self, loss: Tensor, batch: Batch, batch_idx: int) -> None:
         ids = batch["id"][:8].tolist() if "id" in batch else []
         raise UserError(
-            f"the loss became {float(loss)} at step {self.global_step} (epoch "
+            f"the loss became {loss.item()} at step {self.global_step} (epoch "
             f"{self.current_epoch}, batch {batch_idx}{f', first ids {ids}' if ids else ''}): "
             "lower train.lr or set train.clip_norm; the last good checkpoint is kept, and "
             "--resume goes on from it"

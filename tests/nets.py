@@ -1,0 +1,46 @@
+"""Networks of the tests' own, named in recipes as `tests/nets.py:small`."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def small(num_classes: int, channels: int = 1, width: int = 8) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
+class Bomb(nn.Module):
+    """Gives NaN from its `fuse`-th training batch on."""
+
+    def __init__(self, num_classes: int, fuse: int = 6):
+        super().__init__()
+        self.net = small(num_classes)
+        self.fuse = fuse
+        self.calls = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.net(image)
+        if self.training:
+            self.calls += 1
+            if self.calls > self.fuse:
+                return logits * math.nan
+        return logits
+
+
+def wrong_outputs(num_classes: int) -> nn.Module:
+    return small(num_classes + 1)
