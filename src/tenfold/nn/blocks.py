@@ -27,6 +27,7 @@ def to_blocks(weight: Tensor, m: int) -> Tensor:
     Raises:
         UserError: the weight has fewer than two axes, or `m` does not divide its second axis.
 
+    >>> import torch
     >>> to_blocks(torch.arange(8).reshape(1, 4, 1, 2), m=2).tolist()
     [[0, 2], [4, 6], [1, 3], [5, 7]]
     """
@@ -75,6 +76,7 @@ def nm_pattern(weight: Tensor, largest_m: int = 32) -> tuple[int, int] | None:
         `(n, m)` with n < m, or None when no block length has a spare zero in every block.
         A weight of zeros alone has no pattern worth the name: None.
 
+    >>> import torch
     >>> nm_pattern(torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0, 3.0, 0.0, 4.0]]))
     (2, 4)
     """

@@ -31,6 +31,7 @@ class CifarResNet(nn.Module):
     Raises:
         UserError: another depth or shortcut.
 
+    >>> import torch
     >>> CifarResNet(20)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """

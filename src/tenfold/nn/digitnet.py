@@ -15,7 +15,8 @@ class DigitNet(nn.Module):
         channels: input channels.
         width: channels of the first layers; doubled twice.
 
-    >>> DigitNet()(__import__("torch").zeros(2, 1, 8, 8)).shape
+    >>> import torch
+    >>> DigitNet()(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
 

@@ -68,7 +68,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Return round numbers that enclose `low` and `high`, `about` as many as asked for.
 
     >>> nice_ticks(0.0, 9.3)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    [0.0, 2.5, 5.0, 7.5, 10.0]
     """
     if high <= low:
         # One value alone (or a flat curve) still needs an axis around it.

@@ -118,10 +118,13 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
 
 def facts(values: Mapping[str, object]) -> list[tuple[str, str]]:
     """Turn a JSON object of any depth into labels and text."""
-    units = {"gib": "GiB", "gb": "GB", "mhz": "MHz", "bytes": "bytes"}
+    units = {"gib": "GiB", "gb": "GB", "mhz": "MHz"}
     found = []
     for key, value in values.items():
         words = str(key).split("_")
+        if words[-1] == "bytes" and isinstance(value, int | float):
+            found.append((" ".join(words[:-1]), f"{value / 2**30:.1f} GiB"))
+            continue
         unit = units.get(words[-1].lower()) if len(words) > 1 else None
         label = " ".join(words[:-1] if unit else words)
         text = _plain(value)
