@@ -1,0 +1,170 @@
+"""Write the tables of the docs from benchmarks/results/*.json, or check that they are up to date.
+
+    python benchmarks/tables.py [--check]
+
+A page marks a table's place by `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Write a table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(found: dict[str, Any]) -> str:
+    """Say where, with what and how figures were made."""
+    machine = found["machine"]
+    engines = ", ".join(
+        f"{name} {engine['version']}" for name, engine in machine["engines"].items()
+    )
+    seed = f", seed {found['seed']}" if "seed" in found else ""
+    return (
+        f"*{machine['cpu']}, {found['threads']} threads ({' '.join(machine['instruction_sets'])}), "
+        f"{engines}; `{found['command']}`{seed}, {found['created'][:10]}.*"
+    )
+
+
+def lbc_step() -> str:
+    found = load("lbc_overhead")
+    rows = []
+    for case, result in found["step"].items():
+        dense = result["times"]["dense"]
+        rows.append([case, "dense", _spread(dense), ""])
+        for name, ratio in result["overhead"].items():
+            overhead = (
+                f"{_percent(ratio['median'])} "
+                f"({_percent(ratio['quartile_low'])} to {_percent(ratio['quartile_high'])})"
+            )
+            rows.append(["", name, _spread(result["times"][name]), overhead])
+    header = ["network", "step", "median ms (10-90 %)", "overhead, paired (quartiles)"]
+    return f"{markdown(header, rows)}\n\n{origin(found)}"
+
+
+def lbc_memory() -> str:
+    found = load("lbc_overhead")
+    rows = []
+    for name, patterns in found["score_memory"].items():
+        sizes = {key: value for key, value in patterns.items() if ":" in key}
+        small = next(iter(sizes.values()))["accumulator_MiB"]
+        rows.append(
+            [
+                name.removeprefix("timm/"),
+                f"{patterns['sparse_weights']:,}",
+                f"{small:.0f} MiB",
+                *[f"{value['full_MiB']:.0f} MiB" for value in sizes.values()],
+            ]
+        )
+    patterns = [key for key in next(iter(found["score_memory"].values())) if ":" in key]
+    header = ["network", "sparse weights", "SGD, any pattern", *[f"Adam, {p}" for p in patterns]]
+    note = "Counted from the networks' shapes; alive candidates not included."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def quickstart() -> str:
+    return bench_table("quickstart")
+
+
+def cifar10_run() -> str:
+    return bench_table("cifar10_run")
+
+
+def bench_table(name: str) -> str:
+    found = load(name)
+    models = found["models"]
+    rows = [
+        ["accuracy", *[f"{100 * found['accuracy'][m]:.2f} %" for m in models], ""],
+        ["bytes on disk", *[_bytes(found["size"][m]["packed_bytes"]) for m in models], ""],
+        ["MACs, effective", *[_millions(found["size"][m]["effective_macs"]) for m in models], ""],
+    ]
+    latency = found["latency"]
+    for row in latency:
+        if row["model"] != models[0]:
+            continue
+        same = [r for r in latency if (r["runtime"], r["batch"]) == (row["runtime"], row["batch"])]
+        times = [
+            f"{r['median_ms']:.3g} ms ({r['p10_ms']:.3g}-{r['p90_ms']:.3g})"
+            for model in models
+            for r in same
+            if r["model"] == model
+        ]
+        last = same[-1]
+        ratio = f"{last['ratio']:.2f}x ({last['ratio_low']:.2f}-{last['ratio_high']:.2f}), "
+        rows.append([f"{row['runtime']}, batch {row['batch']}", *times, ratio + last["verdict"]])
+    skipped = "".join(f"\n{s['runtime']}: not timed, {s['reason']}.  " for s in found["skipped"])
+    header = ["", *models, "speed"]
+    return f"{markdown(header, rows)}\n{skipped}\n{origin(found)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "lbc_step": lbc_step,
+    "lbc_memory": lbc_memory,
+    "quickstart": quickstart,
+    "cifar10_run": cifar10_run,
+}
+
+
+def rendered(text: str) -> str:
+    """Return a page with its tables as the results have them."""
+    return MARK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, fail if a page differs"
+    )
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if rendered(text) != text:
+            stale.append(page.relative_to(ROOT))
+            if not check:
+                page.write_text(rendered(text), encoding="utf-8")
+    for page in stale:
+        print(f"{page}: {'differs from benchmarks/results' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+def _spread(times: dict[str, float]) -> str:
+    return f"{times['median_ms']:.0f} ({times['p10_ms']:.0f}-{times['p90_ms']:.0f})"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _bytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.2f} MB"
+
+
+def _millions(value: int) -> str:
+    return f"{value / 1e6:.1f} M"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
