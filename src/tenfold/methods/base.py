@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from tenfold.errors import StateError, UserError
+from tenfold.methods.ranks import keep_out_of_broadcasts
 from tenfold.methods.schedule import Schedule
 
 __all__ = ["Kind", "LayerPlan", "Method", "Stage", "in_order"]
@@ -165,6 +166,7 @@ class Method:
         self._model = model
         for name, module in self._owned.items():
             model.add_module(name, module)
+        keep_out_of_broadcasts(model, self.local_buffers(model))
         if not self.driven_by_engine:
             self._remove_hook = _watch_optimizers(self)
         self.on_epoch_start(0)
@@ -353,6 +355,10 @@ class Method:
             criterion: the task's loss of logits and labels.
         """
         raise StateError(f"{type(self).__name__} leaves the loss to the task")
+
+    def local_buffers(self, model: nn.Module) -> list[str]:
+        """Return the names of buffers that every rank computes alike, so that DDP sends none."""
+        return []
 
     def metrics(self) -> dict[str, float]:
         """Return figures that are worth a line in the log of an epoch."""

@@ -44,6 +44,7 @@ from torch.optim.optimizer import Optimizer
 from tenfold.errors import StateError, UserError
 from tenfold.methods.base import Kind, LayerPlan, Method, Stage
 from tenfold.methods.layers import Layer, choose_layers
+from tenfold.methods.ranks import check_agreement
 from tenfold.methods.schedule import Window, check_time
 from tenfold.methods.scores import Scores, choose_form
 from tenfold.nn.bits import pack_bits, unpack_bits
@@ -316,6 +317,11 @@ class LBC(Method):
         self._alive.clear()
         return model
 
+    def local_buffers(self, model: nn.Module) -> list[str]:
+        """Return the masks' names: each rank derives them from the same reduced gradients."""
+        masks = {id(self._mask(name)) for name in self._layers}
+        return [name for name, buffer in model.named_buffers() if id(buffer) in masks]
+
     def metrics(self) -> dict[str, float]:
         """Return the density of the treated layers' weights and the candidates left per block."""
         kept = sum(float(self._mask(name).sum()) for name in self._layers)
@@ -337,6 +343,10 @@ class LBC(Method):
         for name in self._layers:
             self._remove(name, goal - self._removed)
         self._removed = goal
+        check_agreement(
+            f"the masks at step {self.steps_done}",
+            {name: self._mask(name) for name in self._layers},
+        )
         if self.finished():
             self._scores.clear()  # the choice is made; the masks stay as they are
 

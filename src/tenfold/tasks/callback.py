@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Method
+from tenfold.methods.ranks import keep_out_of_broadcasts
 
 __all__ = ["MethodCallback"]
 
@@ -59,6 +60,10 @@ class MethodCallback(pl.Callback):
         for method in self.methods:
             network = method.attach(network, total_steps=total, steps_per_epoch=sizes)
         self._put_network(pl_module, network)
+        # DDP wraps the LightningModule, not the network: the names are longer there.
+        prefix = f"{self.network}." if self.network else ""
+        names = [prefix + n for method in self.methods for n in method.local_buffers(network)]
+        keep_out_of_broadcasts(pl_module, names)
         self._attached = True
 
     def _steps(self, trainer: pl.Trainer) -> tuple[int, list[int] | None]:
@@ -115,7 +120,7 @@ class MethodCallback(pl.Callback):
         """Log what the methods find worth a line."""
         for method in self.methods:
             for name, value in method.metrics().items():
-                pl_module.log(name, value, rank_zero_only=True)
+                pl_module.log(name, value, sync_dist=True)
 
     # -- checkpoints and the end -----------------------------------------------------------------
 

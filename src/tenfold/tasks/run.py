@@ -101,10 +101,10 @@ def train(
             finite; the last good checkpoint is kept.
     """
     experiment = set_up(recipe, model, data, overrides)
+    check_trainer(experiment.recipe.trainer)
     path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
     folder = RunFolder(path)
     first = getattr(rank_zero_only, "rank", 0) == 0
-    check_trainer(experiment.recipe.trainer)
     if first:
         open_run(path, experiment.recipe, resume=resume, overwrite=overwrite)
         if resume and folder.is_finished:
@@ -140,6 +140,12 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
             raise UserError(f"trainer.{key} is set elsewhere: use {_OURS[key]}")
         if key not in known:
             raise unknown_name("key", f"trainer.{key}", [f"trainer.{name}" for name in known])
+    strategy = str(arguments.get("strategy", ""))
+    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+        raise UserError(
+            f"trainer.strategy {strategy} cuts weights into shards, and methods choose among the "
+            "weights of whole blocks: use ddp, which keeps every weight whole on every process"
+        )
 
 
 def _build(
