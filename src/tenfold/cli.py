@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from tenfold.errors import UserError, nearest
+from tenfold.errors import UserError, nearest, unknown_name
 
 __all__ = ["main"]
 
@@ -40,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 2 for a mistake in what was given, 130 when interrupted.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = _parser()
+        words, overrides = _split_overrides(words)
         options, rest = parser.parse_known_args(words)
-        options.command = shlex.join(["tenfold", *words])
+        rest += overrides
+        options.command = shlex.join(["tenfold", *given])
         handler: Handler = options.handler
         if rest and not options.takes_overrides:
             flag = rest[0].partition("=")[0]
@@ -55,16 +57,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tenfold: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "tenfold: interrupted; the last epoch's checkpoint is kept, and the same command "
-            "with --resume goes on from it",
-            file=sys.stderr,
-        )
+        kept = "; the last epoch's checkpoint is kept, and the same command with --resume goes on"
+        print(f"tenfold: interrupted{kept if given[:1] == ['train'] else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `tenfold list | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"tenfold:{where}: {error.strerror}; make room or choose another folder, and go on "
+            "with --resume where a run was under way",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Set a recipe's keys (`--train.epochs 5`) apart from the options of `train` and `plan`."""
+    if words[:1] not in (["train"], ["plan"]) or {"-h", "--help"} & set(words):
+        return words, []
+    options, overrides, rest = [words[0]], [], words[1:]
+    takes_value = {"--run_dir": True, "--resume": False, "--overwrite": False, "--no_bench": False}
+    while rest:
+        word = rest.pop(0)
+        flag = word.partition("=")[0]
+        if not word.startswith("--") or flag in takes_value:
+            options.append(word)
+            if takes_value.get(word) and rest:
+                options.append(rest.pop(0))
+            continue
+        if "." not in flag:
+            _check_key(flag, takes_value if words[0] == "train" else {})
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return options, overrides
+
+
+def _check_key(flag: str, options: Iterable[str]) -> None:
+    import dataclasses
+
+    from tenfold.tasks.recipe import Recipe
+
+    known = [f"--{field.name}" for field in dataclasses.fields(Recipe)]
+    if flag not in known:
+        raise unknown_name("option", flag, [*options, *known])
 
 
 # -- verbs ---------------------------------------------------------------------------------------

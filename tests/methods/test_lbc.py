@@ -275,6 +275,31 @@ def test_large_layers_update_in_pieces_equals_whole():
     torch.testing.assert_close(pieces.value, reference.detach())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scaler_changes_nothing(fused):
+    """A scaler may leave the unscaling to a fused optimizer's kernel: the scores don't see it."""
+
+    def run(scale: float | None):
+        model, sparsity = network(), LBC(n=2, m=4)
+        sparsity.attach(model, total_steps=10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+        for step in range(4):
+            x, y = images(step)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            sparsity.step()
+        return model, sparsity
+
+    plain, scaled = run(None), run(1024.0)
+    for name, scores in plain[1]._scores.items():
+        torch.testing.assert_close(scores.value, scaled[1]._scores[name].value, rtol=1e-5, atol=0)
+    for a, b in zip(plain[0].parameters(), scaled[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
 def test_full_scores_follow_adam(make):
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.unit
         ({"methods": {"lbc": None}}, "methods.lbc lacks n, m"),
         ({"methods": ["lbc"]}, "methods: expected a mapping, got ['lbc']"),
         ({"trainer": 3}, "trainer: expected a mapping, got 3"),
-        ({"seed": -1}, "seed=-1: expected at least 0"),
+        ({"seed": -1}, "seed=-1: expected 0 to 2**63 - 1"),
         ({"model": {"width": 3}}, "expected a name, or a mapping with a name"),
         ({"data": None}, "the recipe lacks data"),
         ({"train.epochs.more": 3}, "--train.epochs.more: train.epochs is a single value"),

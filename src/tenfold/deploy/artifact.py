@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import UserError
 from tenfold.nn.blocks import nm_pattern
-from tenfold.nn.models import Network, rebuild
+from tenfold.nn.models import Network, check_name, rebuild
 from tenfold.nn.packing import pack_nm, unpack_nm
 
 __all__ = ["Artifact", "artifact_bytes", "load", "read", "save"]
@@ -96,6 +96,8 @@ def save(
         raise UserError(f"{folder} is a file: expected a folder to write the artifact into")
     tensors, edits = _pack(model)
     named = _as_network(network)
+    if named.name is not None:
+        check_name(named.name)
     structure: dict[str, Any] = {
         "format": FORMAT,
         "network": None

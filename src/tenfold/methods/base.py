@@ -125,9 +125,20 @@ class Method:
         """Say which layers get what, and why others are skipped. Changes nothing."""
         return []
 
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Refuse a run that the method's times don't fit into. Changes nothing.
+
+        Raises:
+            UserError: such as an end beyond the last epoch.
+        """
+
     def epoch_samples(self, dataset_size: int, epochs: int) -> list[int]:
         """Return how many training samples each epoch will draw (fewer when data is condensed)."""
         return [dataset_size] * epochs
+
+    def epoch_ids(self, epoch: int, ids: Tensor) -> Tensor:
+        """Return which of the training ids `(N,)` this epoch draws; all of them by default."""
+        return ids
 
     # -- the three lines ----------------------------------------------------------------------
 
@@ -150,10 +161,10 @@ class Method:
             StateError: this object is already attached.
             UserError: the schedule doesn't fit the run, or no layer can be treated.
         """
-        if self._model is not None:
+        if self.schedule is not None:  # kept by finalize: what was trained can't be trained again
             raise StateError(
-                f"this {type(self).__name__} is already attached: one object serves one model; "
-                f"make another {type(self).__name__}(…) for the second"
+                f"this {type(self).__name__} has been attached already: one object serves one "
+                f"model once; make another {type(self).__name__}(…)"
             )
         self.schedule = Schedule(total_steps, steps_per_epoch)
         self._model = model
@@ -197,9 +208,10 @@ class Method:
             # A loss scaler that met an overflow skips the optimizer's step: no gradient, no error.
             raise StateError(
                 f"{type(self).__name__}.step() came without a step of the optimizer before it: "
-                "call it once after each optimizer.step(); with an optimizer that takes a "
-                "closure, or holds none of this model's parameters, call "
-                "before_step(optimizer) yourself after the backward pass"
+                "call it once after each optimizer.step(), ahead of zero_grad() where a gradient "
+                "scaler may skip steps; with an optimizer that takes a closure, or holds none of "
+                "this model's parameters, call before_step(optimizer) yourself after the "
+                "backward pass"
             )
         self._gradient_seen = False
         self.steps_done += 1
@@ -264,7 +276,8 @@ class Method:
         wrapped by DDP and lies in the model's checkpoints. The method steps it by its own
         optimizer; `finalize` takes it away.
         """
-        self._owned[f"tenfold_{self.key()}"] = _Owned(module)
+        number = f"_{len(self._owned) + 1}" if self._owned else ""
+        self._owned[f"tenfold_{self.key()}{number}"] = _Owned(module)
         if optimizer is not None:
             self._own_optimizers.append(optimizer)
 
@@ -379,7 +392,7 @@ class Method:
         if model is None or optimizer in self._own_optimizers:
             return
         held = {id(parameter) for parameter in _parameters_of(optimizer)}
-        if any(id(parameter) in held for parameter in model.parameters()):
+        if any(id(parameter) in held for parameter in model.parameters()) and _unscale(optimizer):
             self.before_step(optimizer)
 
 
@@ -442,6 +455,25 @@ def _watch_optimizers(method: Method) -> Callable[[], None]:
 
 def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _unscale(optimizer: Optimizer) -> bool:
+    """Unscale the gradients where a loss scaler has left that to a fused optimizer's kernel.
+
+    Returns:
+        False if they overflowed, so that the kernel is about to skip the step.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if not isinstance(scale, Tensor):
+        return True
+    overflow = getattr(optimizer, "found_inf", None)
+    if isinstance(overflow, Tensor) and bool(overflow):
+        return False
+    for parameter in _parameters_of(optimizer):
+        if parameter.grad is not None:
+            parameter.grad.div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined] # done here, once
+    return True
 
 
 def _overflowed(model: nn.Module) -> bool:

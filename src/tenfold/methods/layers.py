@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tenfold.errors import UserError, nearest
 from tenfold.methods.base import LayerPlan
@@ -14,6 +16,9 @@ __all__ = ["choose_layers"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Subclasses with a forward of their own that is known to use the weight as it is.
+_KNOWN_TO_BE_PLAIN = frozenset({"Conv2dSame", "Linear"})
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -53,8 +58,8 @@ def choose_layers(
                 f"layer {pattern!r} matches no convolution or linear layer: "
                 f"{nearest(pattern, layers)}"
             )
-    shared = _shared_weights(layers)
-    defaults = _default_exclusions(layers)
+    shared = _shared_weights(model, layers)
+    defaults = _default_exclusions(model, layers)
     plan = []
     for name, layer in layers.items():
         named = include is not None and _matches(name, include)
@@ -104,15 +109,20 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _default_exclusions(layers: dict[str, nn.Module]) -> dict[str, str]:
-    reasons = {}
+def _default_exclusions(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    find_heads: Any = getattr(model, "get_classifier", None)  # timm's; two of them in DeiT
+    heads = find_heads() if callable(find_heads) else ()
+    for name, layer in layers.items():
+        if any(layer is head for head in (heads if isinstance(heads, tuple | list) else (heads,))):
+            reasons[name] = "classifier, kept dense"
     convolutions = [name for name, layer in layers.items() if isinstance(layer, _CONVOLUTIONS)]
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     # Depthwise convolutions have no channels to choose among; their own reason says so.
     if convolutions:
         reasons[convolutions[0]] = "first convolution, kept dense"
     if linears:
-        reasons[linears[-1]] = "last linear layer, kept dense"
+        reasons.setdefault(linears[-1], "last linear layer, kept dense")
     return reasons
 
 
@@ -121,10 +131,51 @@ def _unfit(layer: nn.Module, twin: str | None, misfit: Callable[[Layer], str | N
         return "transposed convolution"
     if twin is not None:
         return f"shares its weight with {twin}"
+    assert isinstance(layer, (*_CONVOLUTIONS, nn.Linear))
     if isinstance(layer, _CONVOLUTIONS) and layer.weight.shape[1] == 1 and layer.groups > 1:
         return "depthwise convolution"
-    assert isinstance(layer, (*_CONVOLUTIONS, nn.Linear))
+    if not _uses_weight_as_it_is(layer):
+        return f"{type(layer).__name__} changes its weight in forward"
+    latent = _latent_weight(layer)
+    if latent is None:
+        return "its weight is computed by another parametrization"
+    if not latent.requires_grad:
+        return "frozen (requires_grad is off)"
     return misfit(layer)
+
+
+def _uses_weight_as_it_is(layer: Layer) -> bool:
+    """Tell whether forward multiplies by the weight itself, not by something made of it.
+
+    timm's StdConv2d standardises its weight first, for one: zeros that are stored would not be
+    zeros that are used.
+    """
+    own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+    if own.__name__ in _KNOWN_TO_BE_PLAIN:
+        return True
+    plain = next(base for base in (*_CONVOLUTIONS, nn.Linear) if isinstance(layer, base))
+    return all(
+        getattr(own, name, None) is getattr(plain, name, None)
+        for name in ("forward", "_conv_forward")
+    )
+
+
+def _latent_weight(layer: nn.Module) -> Tensor | None:
+    """Return the parameter behind the weight, or None where something foreign computes it.
+
+    Parametrizations that keep every weight in its place (a quantizer before a mask) say so by an
+    attribute `elementwise = True`; norms, which mix weights, don't.
+    """
+    plain = layer._parameters.get("weight")
+    if plain is not None:
+        return plain
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    chain: Any = layer.parametrizations
+    if not all(getattr(one, "elementwise", False) for one in chain["weight"]):
+        return None
+    original = getattr(chain["weight"], "original", None)
+    return original if isinstance(original, Tensor) else None
 
 
 def _fused_projections(model: nn.Module) -> list[LayerPlan]:
@@ -143,16 +194,15 @@ def _fused_projections(model: nn.Module) -> list[LayerPlan]:
     ]
 
 
-def _shared_weights(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Return, for each layer whose weight is tied to another's, one of those others."""
+def _shared_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Return, for each layer whose weight is used elsewhere too, one of those other places."""
     owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    shared = {}
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        if isinstance(weight, Tensor):
-            owners.setdefault(id(weight), []).append(name)
-    return {
-        name: next(other for other in names if other != name)
-        for names in owners.values()
-        if len(names) > 1
-        for name in names
-    }
+        others = [n for n in owners.get(id(weight), []) if n != f"{name}.weight"]
+        if others:
+            shared[name] = others[0].removesuffix(".weight")
+    return shared

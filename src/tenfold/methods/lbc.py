@@ -45,7 +45,7 @@ from tenfold.errors import StateError, UserError
 from tenfold.methods.base import Kind, LayerPlan, Method, Stage
 from tenfold.methods.layers import Layer, choose_layers
 from tenfold.methods.ranks import check_agreement
-from tenfold.methods.schedule import Window, check_time
+from tenfold.methods.schedule import Schedule, Window, check_time
 from tenfold.methods.scores import Scores, choose_form
 from tenfold.nn.bits import pack_bits, unpack_bits
 from tenfold.nn.blocks import from_blocks, to_blocks
@@ -121,6 +121,7 @@ class Mask(nn.Module):
     """Parametrization of a weight by the positions that are still in the game."""
 
     mask: Tensor
+    elementwise = True  # every weight stays in its place, so that others may stand before it
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -230,6 +231,14 @@ class LBC(Method):
             kept=self.n / self.m,
         )
 
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Refuse a run that is too short for the removal's start and end."""
+        self._window_in(schedule)
+
+    def _window_in(self, schedule: Schedule) -> Window:
+        end = PRESETS[self.preset][0] if self.end is None else self.end
+        return schedule.window(self.start, end, changes=self.n_candidates - 1)
+
     def _misfit(self, layer: Layer) -> str | None:
         channels = layer.weight.shape[1]
         if channels % self.m:
@@ -251,11 +260,8 @@ class LBC(Method):
     def on_attach(self, model: nn.Module) -> nn.Module:
         """Give every chosen layer its mask, all ones: the model starts exactly dense."""
         assert self.schedule is not None
-        end, power = PRESETS[self.preset]
-        self._window = self.schedule.window(
-            self.start, end if self.end is None else self.end, changes=self.n_candidates - 1
-        )
-        self._power = power if self.power is None else self.power
+        self._window = self._window_in(self.schedule)
+        self._power = PRESETS[self.preset][1] if self.power is None else self.power
         names = [layer.name for layer in self.plan(model) if layer.treatment]
         self._check_memory(model, "full" if self.scores == "full" else "accumulator")
         for name in names:
@@ -280,10 +286,12 @@ class LBC(Method):
             weight = layer.original
             group = groups.get(id(weight))
             if group is None or weight.grad is None:
-                continue  # another optimizer's, frozen, or unused in this step
+                continue  # another optimizer's, or unused in this step
             if name not in self._scores:
                 self._scores[name] = self._make_scores(weight, optimizer)
-            self._scores[name].update(weight, group, self._alive[name].to(weight.device))
+            self._alive[name] = self._alive[name].to(weight.device)
+            self._scores[name].to(weight.device)  # after a resume the model may have moved
+            self._scores[name].update(weight, group, self._alive[name])
 
     def on_step(self) -> None:
         """Remove candidates, if their time has come."""
@@ -308,6 +316,8 @@ class LBC(Method):
             mask = self._mask(name)
             with torch.no_grad():  # true zeros: a product would leave -0.0 behind
                 parametrized.original.masked_fill_(mask == 0, 0.0)
+            if len(parametrized) > 1:
+                continue  # a quantizer stands before the mask: its own finalize takes both away
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             for other in [key for key in layer._parameters if key != "weight"]:
                 # PyTorch puts the weight back behind the bias: keep the layer's own order
@@ -324,10 +334,11 @@ class LBC(Method):
 
     def metrics(self) -> dict[str, float]:
         """Return the density of the treated layers' weights and the candidates left per block."""
+        if not self._layers:
+            return {}
         kept = sum(float(self._mask(name).sum()) for name in self._layers)
-        total = sum(self._mask(name).numel() for name in self._layers)
         return {
-            "density": kept / total if total else 1.0,
+            "density": kept / sum(self._mask(name).numel() for name in self._layers),
             "candidates": float(self.n_candidates - self._removed),
         }
 
@@ -356,7 +367,12 @@ class LBC(Method):
         mask = self._mask(name)
         alive = self._alive[name] = self._alive[name].to(mask.device)
         scores = self._scores.get(name)
-        if scores is not None and not scores.finite():
+        if scores is None:
+            raise UserError(
+                f"layer {name} has had no gradient from the optimizer so far, so there is nothing "
+                "to choose its weights by: exclude it, or let the optimizer train it"
+            )
+        if not scores.finite():
             raise UserError(
                 f"layer {name}: its scores are not finite, so its gradients have diverged; "
                 "lower the learning rate, or go on from the last good checkpoint"
@@ -366,17 +382,12 @@ class LBC(Method):
         rows = max(1, _ROWS_AT_ONCE // self.n_candidates)
         for first in range(0, len(alive), rows):
             part = slice(first, first + rows)
-            if scores is None:  # no gradient came: every candidate ties, the first ones go
-                ranked = torch.zeros(alive[part].shape, device=mask.device)
-            else:
-                ranked = scores.of_candidates(part)
-            ranked = ranked.masked_fill(~alive[part], math.inf)
+            ranked = scores.of_candidates(part).masked_fill(~alive[part], math.inf)
             lowest = ranked.argsort(dim=1, stable=True)[:, :count]
             alive[part].scatter_(1, lowest, False)
             kept[part] = (alive[part].to(torch.float32) @ table) > 0
         mask.copy_(from_blocks(kept, mask.shape))
-        if scores is not None:
-            scores.forget(~alive)
+        scores.forget(~alive)
 
     def _mask(self, name: str) -> Tensor:
         for parametrization in self._layers[name]:
@@ -414,7 +425,7 @@ class LBC(Method):
             "pattern": [self.n, self.m],
             "removed": self._removed,
             "alive": {name: pack_bits(alive, 1) for name, alive in self._alive.items()},
-            "form": next((type(scores).name for scores in self._scores.values()), None),
+            "forms": {name: type(scores).name for name, scores in self._scores.items()},
             "scores": {name: scores.state_dict() for name, scores in self._scores.items()},
         }
 
@@ -442,7 +453,7 @@ class LBC(Method):
             kept = (alive.float() @ self._table.to(weight.device, torch.float32)) > 0
             self._mask(name).copy_(from_blocks(kept, weight.shape))
             if name in state["scores"]:
-                form = Scores.forms[state["form"]]
+                form = Scores.forms[state["forms"][name]]
                 self._scores[name] = form(weight.detach(), self._table, self.m)
                 self._scores[name].load_state_dict(state["scores"][name])
 

@@ -33,7 +33,10 @@ def check_agreement(what: str, tensors: Mapping[str, Tensor]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    sums = [zlib.crc32(value.contiguous().cpu().numpy().tobytes()) for value in tensors.values()]
+    sums = [
+        zlib.crc32(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for value in tensors.values()
+    ]
     device = next((value.device for value in tensors.values()), torch.device("cpu"))
     mine = torch.tensor(sums, dtype=torch.int64, device=device)
     of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,16 +51,13 @@ class Schedule:
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int | Sequence[int] | None = None):
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise UserError(f"total_steps={total_steps!r}: expected an int of at least 1")
-        self.total_steps = total_steps
+        self.total_steps = total_steps = _whole("total_steps", total_steps)
         self.epoch_ends: list[int] = []
         if steps_per_epoch is None:
             return
-        if isinstance(steps_per_epoch, int):
-            if steps_per_epoch < 1:
-                raise UserError(f"steps_per_epoch={steps_per_epoch}: expected at least 1")
-            self.epoch_ends = [*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps]
+        if not isinstance(steps_per_epoch, Sequence):
+            size = _whole("steps_per_epoch", steps_per_epoch)
+            self.epoch_ends = [*range(size, total_steps, size), total_steps]
             return
         sizes = list(steps_per_epoch)
         if not sizes or min(sizes) < 1 or sum(sizes) != total_steps:
@@ -123,3 +121,14 @@ class Schedule:
     @staticmethod
     def _place(value: int | float, length: int) -> int:
         return value if isinstance(value, int) else round(value * length)
+
+
+def _whole(name: str, value: object) -> int:
+    """Take any kind of integer (NumPy's too), but neither a bool nor a float."""
+    try:
+        found = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        found = 0
+    if isinstance(value, bool) or found < 1:
+        raise UserError(f"{name}={value!r}: expected an int of at least 1")
+    return found

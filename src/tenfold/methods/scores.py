@@ -54,6 +54,12 @@ class Scores(ABC):
     def finite(self) -> bool:
         """Tell whether every score is finite."""
 
+    def to(self, device: torch.device) -> None:
+        """Move to a device, if elsewhere."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.device != device:
+                setattr(self, name, value.to(device))
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors to go on from."""
@@ -69,7 +75,7 @@ def choose_form(wanted: str, optimizer: Optimizer) -> type[Scores]:
     Raises:
         UserError: the accumulator was insisted on, and the optimizer is not linear.
     """
-    linear = not any("betas" in group for group in optimizer.param_groups)
+    linear = isinstance(optimizer, torch.optim.SGD)
     if wanted == "accumulator" and not linear:
         raise UserError(
             f"scores='accumulator' is exact only for SGD, and {type(optimizer).__name__} is not "
@@ -205,17 +211,21 @@ class FullScores(Scores):
 
     @torch.no_grad()
     def update(self, weight: Tensor, group: Mapping[str, Any], alive: Tensor) -> None:
-        """Take a step of SGD or Adam with gradient `alive * (blocks(W.grad * W) @ P.T)`."""
+        """Take a step with gradient `alive * (blocks(W.grad * W) @ P.T)`.
+
+        By SGD's rule under SGD, by Adam's (with the group's betas, where it has a pair) under any
+        other optimizer.
+        """
         dtype = self.value.dtype
         product = weight.grad.to(dtype) * weight.detach().to(dtype)  # type: ignore[union-attr]
         gradient = (to_blocks(product, self._m) @ self._table.T).mul_(alive)
         if group.get("maximize", False):
             gradient.neg_()
         self.steps += 1
-        if "betas" in group:
-            self._adam(gradient, group)
-        else:
+        if "dampening" in group:  # torch.optim.SGD's own mark
             self._sgd(gradient, group)
+        else:
+            self._adam(gradient, group)
         self.forget(~alive)
 
     def _sgd(self, gradient: Tensor, group: Mapping[str, Any]) -> None:
@@ -231,7 +241,10 @@ class FullScores(Scores):
 
     def _adam(self, gradient: Tensor, group: Mapping[str, Any]) -> None:
         lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-        beta1, beta2 = (float(beta) for beta in group["betas"])
+        betas = group.get("betas")
+        beta1, beta2 = (
+            betas if isinstance(betas, tuple | list) and len(betas) == 2 else (0.9, 0.999)
+        )
         if self.momentum is None or self.second is None:
             self.momentum, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
         if decay and group.get("decoupled_weight_decay", False):

@@ -14,7 +14,7 @@ from tenfold.imports import import_object, is_object_name
 from tenfold.nn.cifar_resnet import CifarResNet
 from tenfold.nn.digitnet import DigitNet
 
-__all__ = ["Network", "build", "load_pretrained", "names", "rebuild"]
+__all__ = ["Network", "build", "check_name", "load_pretrained", "names", "rebuild"]
 
 _OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{f"resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (20, 32, 44, 56, 110)},
@@ -75,6 +75,8 @@ def build(
         UserError: an unknown name, or arguments that the constructor refuses.
     """
     given = dict(options or {})
+    if not is_object_name(name):
+        _refuse_files(given)
     if is_object_name(name):
         return _users_own(name, num_classes, channels, given), Network(None)
     library, slash, model = name.partition("/")
@@ -100,6 +102,7 @@ def rebuild(network: Network) -> nn.Module:
         UserError: the artifact was written from the user's own code, or the library refuses.
     """
     arguments = dict(network.arguments)
+    _refuse_files(arguments)
     library, _, model = (network.name or "").partition("/")
     if library == "timm":
         return _timm(model, arguments, None)[0]
@@ -153,6 +156,25 @@ def load_pretrained(model: nn.Module, network: Network) -> list[str]:
     return sorted(set(own) - set(fitting))
 
 
+def check_name(name: str) -> None:
+    """Refuse a network's name that an artifact could not be built from again.
+
+    Raises:
+        UserError: neither `timm/…` nor `torchvision/…` nor one of `tenfold/…`.
+    """
+    library, _, model = name.partition("/")
+    if library not in ("timm", "torchvision") and (library != "tenfold" or model not in _OWN):
+        known = ["timm/<name>", "torchvision/<name>", *(f"tenfold/{own}" for own in _OWN)]
+        raise unknown_name("network", name, known)
+
+
+def _refuse_files(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments by which a library would fetch or open files: loading never does that."""
+    for key in arguments:
+        if key.startswith("pretrained") or key in ("weights", "checkpoint_path", "cache_dir"):
+            raise UserError(f"model argument {key} loads weights: use init: pretrained, or a file")
+
+
 def _users_own(name: str, num_classes: int, channels: int, given: dict[str, Any]) -> nn.Module:
     function = import_object(name, "model")
     if not callable(function):
@@ -201,6 +223,8 @@ def _torchvision(name: str, arguments: dict[str, Any], channels: int) -> tuple[n
             f"torchvision/{name} takes 3 channels, and the data has {channels}: choose a timm "
             "model, which adapts its first layer, or one of our own"
         )
+    if name in ("googlenet", "inception_v3"):  # whose training output is no tensor otherwise
+        arguments = {"aux_logits": False, **arguments}
     model = _call(torchvision.models.get_model, {"name": name, **arguments}, f"torchvision/{name}")
     return model, Network(f"torchvision/{name}", arguments)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from tenfold.data import EpochSampler
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Method
 from tenfold.methods.ranks import keep_out_of_broadcasts
@@ -44,6 +45,7 @@ class MethodCallback(pl.Callback):
         self.steps_per_epoch = None if steps_per_epoch is None else list(steps_per_epoch)
         self._attached = False
         self._steps_seen = 0
+        self._all_ids: Tensor | None = None
         for method in self.methods:
             # Lightning runs the backward pass inside the optimizer's step, after any pre-hook.
             method.driven_by_engine = True
@@ -51,10 +53,25 @@ class MethodCallback(pl.Callback):
     # -- attach: the data is set up, checkpoints load after it, DDP wraps after it -----------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Attach the methods, once, when training begins."""
+        """Have the methods attached at the end of the module's `configure_model`.
+
+        By then its `setup` has run and the network exists, wherever it is built; checkpoints load
+        and DDP wraps after it.
+        """
         if stage != "fit" or self._attached:
             return
-        pl_module.configure_model()  # networks that are built there exist from here on
+        build = pl_module.configure_model
+
+        def configure_model() -> None:
+            build()
+            if not self._attached:
+                self._attach(trainer, pl_module)
+
+        # An instance's own attribute: Lightning looks the hook up there, and a copy of the module
+        # (a running average of it, say) is configured already.
+        object.__setattr__(pl_module, "configure_model", configure_model)
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total, sizes = self._steps(trainer)
         network = self._network(pl_module)
         for method in self.methods:
@@ -75,10 +92,12 @@ class MethodCallback(pl.Callback):
                 "the Trainer runs without end: give it max_epochs or max_steps, so that the "
                 "methods' schedules have a length"
             )
-        total, epochs = int(total), trainer.max_epochs or 0
-        if epochs < 1 or total % epochs:
+        total, batches = int(total), trainer.num_training_batches
+        if batches == float("inf"):
             return total, None
-        return total, [total // epochs] * epochs
+        size = -(-int(batches) // trainer.accumulate_grad_batches)
+        full, rest = divmod(total, size)
+        return total, [size] * full + ([rest] if rest else [])
 
     # -- drive ------------------------------------------------------------------------------------
 
@@ -87,9 +106,17 @@ class MethodCallback(pl.Callback):
         self._steps_seen = trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Announce the epoch."""
+        """Announce the epoch, and have the loader draw what the methods want of it."""
         for method in self.methods:
             method.epoch_start(trainer.current_epoch)
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if isinstance(sampler, EpochSampler) and any(_condenses(m) for m in self.methods):
+            if self._all_ids is None:
+                self._all_ids = sampler.ids
+            ids = self._all_ids
+            for method in self.methods:
+                ids = method.epoch_ids(trainer.current_epoch, ids)
+            sampler.restrict(ids)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -165,6 +192,10 @@ class MethodCallback(pl.Callback):
     def _put_network(self, pl_module: pl.LightningModule, network: nn.Module) -> None:
         if self.network:
             setattr(pl_module, self.network, network)
+
+
+def _condenses(method: Method) -> bool:
+    return type(method).epoch_ids is not Method.epoch_ids
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

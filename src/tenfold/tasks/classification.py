@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from tenfold.methods import Method
 from tenfold.tasks.optimization import make_optimizer, make_schedule
 from tenfold.tasks.recipe import Train
 
-__all__ = ["Classification", "ImageDataModule", "as_batch", "epoch_sizes"]
+__all__ = ["Classification", "ImageDataModule", "as_batch"]
 
 Batch = dict[str, Tensor]
 
@@ -67,6 +66,7 @@ class Classification(pl.LightningModule):
         self.train_loss = MeanMetric()
         self.test_loss = MeanMetric()
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.has_trained = False
         self._mix = _mixing(train, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -85,6 +85,7 @@ class Classification(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Draw what is random in steps (mixing, dropout) from seed, epoch and rank alone."""
+        self.has_trained = True
         torch.manual_seed(mix_one(self.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -103,24 +104,51 @@ class Classification(pl.LightningModule):
         replacing = next((method for method in self.methods if method.replaces_loss), None)
         if replacing is not None:
             loss = replacing.training_loss(self.model, batch, self.criterion)
-        elif self._mix is not None:
-            image, label = self._mix(batch["image"], label)
-            loss = self.criterion(self(image), label)
         else:
-            loss = self.criterion(self(batch["image"]), label)
+            image = batch["image"]
+            if self._mix is not None:
+                image, label = self._mix(image, label)
+            loss = self.criterion(self._logits(image), label)
         if not bool(torch.isfinite(loss)):
             self._stop(loss, batch, batch_idx)
         self.train_loss.update(loss.detach(), weight=len(batch["label"]))
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
+    def _logits(self, image: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self(image)
+            return logits
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {len(image)} image is too small for the network's batch norm: choose "
+                f"another train.batch_size than {self.recipe.batch_size}, which leaves so few for "
+                "the last batch"
+            ) from error
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to write a checkpoint of weights that are not finite.
+
+        Raises:
+            UserError: the epoch's last update was one too many.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise UserError(
+                    f"{name} is not finite at the end of epoch {self.current_epoch} (step "
+                    f"{self.global_step}): start again with a lower train.lr or with "
+                    "train.clip_norm; the last good checkpoint is kept until then"
+                )
+
     def _stop(self, loss: Tensor, batch: Batch, batch_idx: int) -> None:
         ids = batch["id"][:8].tolist() if "id" in batch else []
         raise UserError(
             f"the loss became {loss.item()} at step {self.global_step} (epoch "
             f"{self.current_epoch}, batch {batch_idx}{f', first ids {ids}' if ids else ''}): "
-            "lower train.lr or set train.clip_norm; the last good checkpoint is kept, and "
-            "--resume goes on from it"
+            "start again with a lower train.lr or with train.clip_norm, in another --run_dir or "
+            "by --overwrite; the last good checkpoint is kept until then"
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -208,27 +236,6 @@ def as_batch(batch: Any, needs_ids: bool = False) -> Batch:
             "return (image, label, id)"
         )
     return found
-
-
-def epoch_sizes(
-    samples: int, train: Train, methods: Sequence[Method], world_size: int = 1
-) -> list[int]:
-    """Return the optimizer steps of every epoch, known ahead of the first.
-
-    Args:
-        samples: training images, of all ranks together.
-        train: epochs, batch size and accumulation.
-        methods: one may draw fewer samples.
-        world_size: number of processes.
-    """
-    drawn = [samples] * train.epochs
-    for method in methods:
-        drawn = [
-            min(ours, own)
-            for ours, own in zip(drawn, method.epoch_samples(samples, train.epochs), strict=True)
-        ]
-    batches = [math.ceil(math.ceil(count / world_size) / train.batch_size) for count in drawn]
-    return [math.ceil(count / train.accumulate) for count in batches]
 
 
 def _mixing(train: Train, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]] | None:

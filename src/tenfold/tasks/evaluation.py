@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tenfold.data import ImageData, create
-from tenfold.deploy import artifact
 from tenfold.errors import UserError
-from tenfold.tasks.folder import RunFolder
+from tenfold.tasks.loading import model_of, open_artifact
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -87,7 +86,7 @@ def _opened(
         if data is None:
             raise UserError("evaluate needs data for a module: pass its name, such as 'digits'")
         images = _data(data)
-        yield from _module(model, images, to, {})
+        yield from _module(model, images, to)
         return
     path = Path(model)
     if path.suffix in (".onnx", ".xml"):
@@ -97,30 +96,18 @@ def _opened(
         runtime, runner = _runner(path)
         yield runtime, runner, _data(data, runner.metadata, path)
         return
-    run = RunFolder(path)
-    if run.is_run and not run.is_finished:
-        raise UserError(f"{path} is not finished: go on with tenfold train … --resume first")
-    found = artifact.read(path)
+    run, found = open_artifact(path)
     images = _data(data, {"recipe": found.recipe}, path)
     exported = run.export / {"onnx": "model.onnx", "openvino": "model.xml"}.get(to or "", "-")
     if exported.is_file():
         runtime, runner = _runner(exported)
         yield runtime, runner, images
         return
-    if found.network.name is None:
-        own = None if not run.is_run else _users_model(run, images)
-        if own is None:
-            raise UserError(
-                f"{path} holds a network of your own code: use tenfold.load(path, model=…) and "
-                "tenfold.evaluate(model, data) in Python"
-            )
-        yield from _module(found.model(own), images, to, {})
-        return
-    yield from _module(found.model(), images, to, {})
+    yield from _module(model_of(run, found), images, to)
 
 
 def _module(
-    model: nn.Module, images: ImageData, to: str | None, metadata: dict[str, Any]
+    model: nn.Module, images: ImageData, to: str | None
 ) -> Iterator[tuple[str, Forward, ImageData]]:
     if to in (None, "torch"):
         yield "pytorch", _in_eval(model), images
@@ -131,7 +118,7 @@ def _module(
 
     example = torch.zeros(1, images.channels, *images.size)
     with tempfile.TemporaryDirectory() as folder:
-        written = export(model, folder, example, to=str(to), metadata=metadata)
+        written = export(model, folder, example, to=str(to))
         runtime, runner = _runner(written.path)
         yield runtime, runner, images
 
@@ -143,7 +130,7 @@ def _in_eval(model: nn.Module) -> Forward:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits: Tensor = model(image.to(device)).float().cpu()
         finally:
             for module, training in modes:
@@ -174,21 +161,6 @@ def _data(
         if data is None:
             raise UserError(f"{path} doesn't say which data it was trained on: give --data NAME")
     return create(data)
-
-
-def _users_model(run: RunFolder, images: ImageData) -> nn.Module | None:
-    from tenfold.nn import models
-
-    recipe = run.recipe()
-    if ":" not in recipe.model_name:
-        return None
-    return models.build(
-        recipe.model_name,
-        num_classes=images.num_classes,
-        channels=images.channels,
-        size=images.size,
-        options=recipe.model_options,
-    )[0]
 
 
 def _evaluate(forward: Forward, images: ImageData, runtime: str, batch_size: int) -> Evaluation:

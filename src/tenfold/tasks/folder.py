@@ -56,6 +56,11 @@ class RunFolder:
         return self.recipe_file.is_file()
 
     @property
+    def is_empty(self) -> bool:
+        """Whether an attempt was given up before its first epoch was over: nothing to lose."""
+        return not self.metrics_file.exists() and not list(self.checkpoints.glob("*.ckpt"))
+
+    @property
     def is_finished(self) -> bool:
         """Whether training came to its end."""
         return (self.path / "run.json").is_file() and (self.model / "model.json").is_file()
@@ -80,11 +85,6 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{file} is not valid JSON: {error}; train the run anew") from error
         return facts if isinstance(facts, dict) else {}
-
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint, or None."""
-        found = list(self.checkpoints.glob("*.ckpt"))
-        return max(found, key=lambda file: (file.stat().st_mtime_ns, file.name), default=None)
 
     def metrics(self) -> list[dict[str, str]]:
         """Return the rows of `metrics.csv`."""
@@ -122,15 +122,16 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
         raise UserError("--resume and --overwrite exclude each other: go on, or start anew")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: give another --run_dir")
-    if path.is_dir() and any(path.iterdir()):
+    # What a killed process left half-written is nothing worth keeping.
+    if path.is_dir() and any(entry.suffix != ".writing" for entry in path.iterdir()):
         if not folder.is_run:
             raise UserError(f"{path} holds something that is no run: give another --run_dir")
-        if not (resume or overwrite):
+        if not (resume or overwrite) and not folder.is_empty:
             raise UserError(
                 f"{path} holds a run already: pass --resume to go on with it, --overwrite to "
                 "throw it away, or another --run_dir"
             )
-        if resume:
+        if resume and not folder.is_empty:
             _refuse_other_recipe(folder, recipe)
             return folder
         shutil.rmtree(path)

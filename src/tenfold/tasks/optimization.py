@@ -1,10 +1,10 @@
-"""Optimizers and learning-rate schedules by name, from torch and timm."""
+"""Optimizers and learning-rate schedules by name, from torch and timm; how long a run will be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import UserError, unknown_name
+from tenfold.methods import Method
 
-__all__ = ["SCHEDULES", "make_optimizer", "make_schedule"]
+if TYPE_CHECKING:
+    from tenfold.tasks.recipe import Train
+
+__all__ = ["SCHEDULES", "epoch_sizes", "make_optimizer", "make_schedule"]
 
 _TORCH: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -71,7 +75,9 @@ def make_optimizer(
         made: Optimizer = create_optimizer_v2(
             groups, opt=name, lr=lr, weight_decay=decay, **options
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"train.optimizer {name}: {error}") from error
     return made
 
@@ -101,3 +107,35 @@ def make_schedule(
         return shape(min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
     return LambdaLR(optimizer, factor)
+
+
+def epoch_sizes(
+    samples: int,
+    train: Train,
+    methods: Sequence[Method],
+    world_size: int = 1,
+    limit: float | int | None = None,
+) -> list[int]:
+    """Return the optimizer steps of every epoch, known ahead of the first.
+
+    Args:
+        samples: training images, of all ranks together.
+        train: epochs, batch size and accumulation.
+        methods: one may draw fewer samples.
+        world_size: number of processes.
+        limit: the Trainer's limit_train_batches: batches as an int, or a share as a float.
+    """
+    drawn = [samples] * train.epochs
+    for method in methods:
+        drawn = [
+            min(ours, own)
+            for ours, own in zip(drawn, method.epoch_samples(samples, train.epochs), strict=True)
+        ]
+    batches = [math.ceil(math.ceil(count / world_size) / train.batch_size) for count in drawn]
+    if isinstance(limit, int):
+        batches = [min(count, limit) for count in batches]
+    elif limit is not None:
+        batches = [int(count * limit) for count in batches]
+    if min(batches) < 1:
+        raise UserError(f"limit_train_batches={limit} leaves no batch: give more")
+    return [math.ceil(count / train.accumulate) for count in batches]

@@ -120,6 +120,8 @@ class Recipe:
         """Make the methods, validated and in the order of their stages."""
         made = []
         for key, section in self.methods.items():
+            if not isinstance(key, str):
+                raise UserError(f"methods: expected names such as lbc, got {key!r}")
             made.append(_make_method(key, section or {}))
         return in_order(made, self.task)
 
@@ -183,8 +185,8 @@ def load_recipe(
         raise unknown_name("task", recipe.task, TASKS)
     if not isinstance(recipe.model, str) and not isinstance(recipe.model.get("name"), str):
         raise UserError("model: expected a name, or a mapping with a name")
-    if recipe.seed < 0:
-        raise UserError(f"seed={recipe.seed}: expected at least 0")
+    if not 0 <= recipe.seed < 2**63:
+        raise UserError(f"seed={recipe.seed}: expected 0 to 2**63 - 1")
     recipe.train.validate()
     recipe.make_methods()
     return recipe
@@ -226,7 +228,10 @@ def _read(source: str | Path) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"recipe {path} does not exist: give a YAML file or a shipped name")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"recipe {path} is not UTF-8 text: save it as such") from error
     else:
         known = shipped()
         if str(source) not in known:

@@ -16,8 +16,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -26,10 +29,13 @@ from tenfold.data import ImageData
 from tenfold.deploy import artifact
 from tenfold.errors import UserError, unknown_name
 from tenfold.measure import count_cost
+from tenfold.methods.schedule import Schedule
 from tenfold.tasks.callback import MethodCallback
-from tenfold.tasks.classification import Classification, ImageDataModule, epoch_sizes
+from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
+from tenfold.tasks.classification import Classification, ImageDataModule
 from tenfold.tasks.evaluation import Evaluation, evaluate
 from tenfold.tasks.folder import RunFolder, open_run, write_json
+from tenfold.tasks.optimization import epoch_sizes
 from tenfold.tasks.progress import MetricsFile, progress
 from tenfold.tasks.recipe import Recipe
 from tenfold.tasks.setup import Experiment, layer_plans, layer_rows, plan, set_up
@@ -52,6 +58,7 @@ _OURS = {
     "enable_checkpointing": "nothing: every epoch is kept until the next is",
     "fast_dev_run": "train.epochs: 1 and data.limit",
     "overfit_batches": "data.limit",
+    "max_time": "train.epochs, which the schedules of methods are made for",
 }
 
 
@@ -104,8 +111,9 @@ def train(
     check_trainer(experiment.recipe.trainer)
     path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
     folder = RunFolder(path)
-    first = getattr(rank_zero_only, "rank", 0) == 0
-    if first:
+    task, callback, trainer = _build(experiment, folder)
+    # Nothing of an old run is touched before everything that can be checked has been.
+    if getattr(rank_zero_only, "rank", 0) == 0:
         open_run(path, experiment.recipe, resume=resume, overwrite=overwrite)
         if resume and folder.is_finished:
             done = folder.facts()["evaluation"]
@@ -113,21 +121,21 @@ def train(
                 experiment.model if experiment.network.name is None else None
             )
             return Run(path, trained, Evaluation(**done))
-    task, callback, trainer = _build(experiment, folder)
-    checkpoint = folder.last_checkpoint() if resume else None
+    checkpoint = newest(folder.checkpoints) if resume else None
+    images = ImageDataModule(experiment.data, experiment.recipe.train, experiment.recipe.seed)
     with _quiet():
-        trainer.fit(
-            task,
-            datamodule=ImageDataModule(
-                experiment.data, experiment.recipe.train, experiment.recipe.seed
-            ),
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(task, datamodule=images, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
     if not trainer.is_global_zero:
         return None
+    ema = experiment.recipe.train.ema is not None
+    if ema and not task.has_trained and checkpoint is not None:
+        # Killed between the last checkpoint and the artifact: nothing was left to train, and so
+        # Lightning did not put the average in place of the weights. The checkpoint holds it.
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        task.load_state_dict(saved["state_dict"])
     finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
     return _finish(experiment, folder, finished, command)
 
@@ -162,7 +170,7 @@ def _build(
                 multi_avg_fn=get_ema_multi_avg_fn(recipe.train.ema),  # type: ignore[no-untyped-call]
             )
         )
-    callbacks += [MetricsFile(folder), progress(), _checkpoints(folder)]
+    callbacks += [MetricsFile(folder), progress(), every_epoch(folder.checkpoints)]
     with _quiet():
         try:
             trainer = pl.Trainer(
@@ -179,14 +187,20 @@ def _build(
                     "num_sanity_val_steps": 0,
                     "log_every_n_steps": 1,
                     **recipe.trainer,
+                    "plugins": _plugins(recipe),
                 },
             )
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     sizes = epoch_sizes(
-        len(experiment.data.train_ids), recipe.train, experiment.methods, trainer.world_size
+        len(experiment.data.train_ids),
+        recipe.train,
+        experiment.methods,
+        trainer.world_size,
+        recipe.trainer.get("limit_train_batches"),
     )
-    sizes = _limited(sizes, trainer, recipe)
+    for method in experiment.methods:
+        method.check_schedule(Schedule(sum(sizes), sizes))
     callback.steps_per_epoch = sizes
     task = Classification(
         experiment.model.to(memory_format=torch.channels_last),
@@ -201,28 +215,9 @@ def _build(
     return task, callback, trainer
 
 
-def _checkpoints(folder: RunFolder) -> ModelCheckpoint:
-    """Keep the last two epochs: while one is written, the other is whole."""
-    return ModelCheckpoint(
-        dirpath=folder.checkpoints,
-        filename="{epoch}",
-        monitor="epoch",
-        mode="max",
-        save_top_k=2,
-        save_on_train_epoch_end=True,
-    )
-
-
-def _limited(sizes: list[int], trainer: pl.Trainer, recipe: Recipe) -> list[int]:
-    limit = trainer.limit_train_batches
-    if limit is None or limit == 1.0:
-        return sizes
-    accumulate = recipe.train.accumulate
-    batches = [
-        min(size * accumulate, limit) if isinstance(limit, int) else int(size * accumulate * limit)
-        for size in sizes
-    ]
-    return [max(1, -(-count // accumulate)) for count in batches]
+def _plugins(recipe: Recipe) -> list[Any]:
+    given = recipe.trainer.get("plugins") or []
+    return [*(given if isinstance(given, list) else [given]), SafeCheckpoints()]
 
 
 def _logger(folder: RunFolder) -> Any:
@@ -285,6 +280,9 @@ def _quiet() -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", text)
         warnings.filterwarnings("ignore", ".*Checkpoint directory.*exists and is not empty.*")
+        warnings.filterwarnings(
+            "ignore", ".*WeightAveraging callback with a model that overrides.*"
+        )
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         for logger in loggers:

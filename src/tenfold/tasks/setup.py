@@ -14,8 +14,10 @@ from tenfold.data import ImageData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
 from tenfold.methods import LayerPlan, Method
+from tenfold.methods.schedule import Schedule
 from tenfold.nn import models
 from tenfold.nn.models import Network
+from tenfold.tasks.optimization import epoch_sizes, make_optimizer
 from tenfold.tasks.recipe import Recipe, load_recipe
 from tenfold.tasks.starting_point import initialize
 
@@ -143,9 +145,8 @@ def set_up(
             )
     fresh = initialize(model, network, checked.init) if checked.init else []
     experiment = Experiment(checked, data, model, network, methods, fresh)
-    for method in methods:
-        method.plan(model)  # raises here what would be raised after an hour otherwise
     _try_forward(experiment)
+    _try_the_rest(experiment)
     return experiment
 
 
@@ -235,6 +236,25 @@ def layer_rows(
     return rows
 
 
+def _try_the_rest(experiment: Experiment) -> None:
+    """Raise now what would otherwise be raised after an hour, or after an old run is gone."""
+    train, methods = experiment.recipe.train, experiment.methods
+    for method in methods:
+        method.plan(experiment.model)
+    if any(method.replaces_loss for method in methods) and (train.mixup or train.cutmix):
+        replacing = next(method.key() for method in methods if method.replaces_loss)
+        raise UserError(f"{replacing} replaces the batch's loss: set train.mixup and cutmix to 0")
+    make_optimizer(
+        train.optimizer, experiment.model.parameters(), lr=train.lr, weight_decay=train.weight_decay
+    )
+    experiment.data.train_loader(
+        batch_size=train.batch_size, seed=experiment.recipe.seed, augment=train.augment, workers=0
+    )
+    sizes = epoch_sizes(len(experiment.data.train_ids), train, methods)
+    for method in methods:
+        method.check_schedule(Schedule(sum(sizes), sizes))
+
+
 def _try_forward(experiment: Experiment) -> None:
     """Run one image through the network, so that a wrong shape stops the run now."""
     model, data = experiment.model, experiment.data
@@ -242,7 +262,7 @@ def _try_forward(experiment: Experiment) -> None:
     model.eval()
     try:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a network caches is trained with later
             logits = model(experiment.example.to(device))
     except UserError:
         raise

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import ImageData, create, load_image, normalize
+from tenfold.data import create, load_image, normalize
 from tenfold.deploy import artifact
 from tenfold.deploy.onnx import ExportResult, export
 from tenfold.errors import UserError
 from tenfold.measure import BenchResult, bench
-from tenfold.nn import models
 from tenfold.tasks.folder import RunFolder, write_json
-from tenfold.tasks.recipe import Recipe
+from tenfold.tasks.loading import finished_run, fresh_network, model_of, open_artifact
 
 __all__ = ["Prediction", "bench_run", "export_run", "predict"]
 
@@ -31,20 +30,6 @@ class Prediction:
     probabilities: list[float]
 
 
-def finished_run(path: str | Path) -> RunFolder:
-    """Open a finished run.
-
-    Raises:
-        UserError: no run there, or one that has not come to its end.
-    """
-    run = RunFolder(Path(path))
-    if not run.is_run:
-        raise UserError(f"{path} is no run: expected a folder that tenfold train made")
-    if not run.is_finished:
-        raise UserError(f"{path} is not finished: go on with tenfold train … --resume first")
-    return run
-
-
 def export_run(path: str | Path, to: str = "onnx") -> ExportResult:
     """Export a run's model into `RUN/export/`, and note its checks in `export.json`.
 
@@ -55,11 +40,11 @@ def export_run(path: str | Path, to: str = "onnx") -> ExportResult:
     Raises:
         UserError: see `tenfold.export`.
     """
-    folder = RunFolder(Path(path))
-    found = artifact.read(folder.model if finished(folder) else path)
+    folder, found = open_artifact(path)
     target = folder.export
-    model = model_of(folder, found)
-    result = export(model, target, example_of(found), to=to, metadata=metadata_of(found))
+    result = export(
+        model_of(folder, found), target, example_of(found), to=to, metadata=metadata_of(found)
+    )
     notes = target / "export.json"
     known: list[dict[str, Any]] = []
     if notes.is_file():
@@ -114,7 +99,7 @@ def bench_run(
         data = create(recipe.data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            compared["dense"] = _fresh(recipe, data)
+            compared["dense"] = fresh_network(recipe, data)
     if label in compared:
         label = f"{label} ({recipe.name})"
     compared[label] = model
@@ -155,8 +140,7 @@ def predict(
     """
     if not files:
         raise UserError("predict needs at least one image file")
-    folder = RunFolder(Path(path))
-    found = artifact.read(folder.model if finished(folder) else path)
+    folder, found = open_artifact(path)
     if found.preprocessing is None:
         raise UserError(
             f"{found.path} doesn't say how its input is prepared: save it with preprocessing=…"
@@ -173,21 +157,6 @@ def predict(
             Prediction(str(file), [names[i] for i in best.indices.tolist()], best.values.tolist())
         )
     return results
-
-
-def finished(run: RunFolder) -> bool:
-    """Tell whether a folder is a run, and refuse one that has not come to its end."""
-    if run.is_run:
-        finished_run(run.path)
-    return run.is_run
-
-
-def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
-    """Build a run's model; the user's own code is imported from where the recipe says."""
-    if found.network.name is not None or not run.is_run:
-        return found.model()
-    recipe = run.recipe()
-    return found.model(_fresh(recipe, create(recipe.data)))
 
 
 def example_of(found: artifact.Artifact) -> Tensor:
@@ -210,16 +179,6 @@ def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
         "preprocessing": found.preprocessing,
         "recipe": {"data": recipe.get("data")},
     }
-
-
-def _fresh(recipe: Recipe, data: ImageData) -> nn.Module:
-    return models.build(
-        recipe.model_name,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        size=data.size,
-        options=recipe.model_options,
-    )[0]
 
 
 def _note(
