@@ -62,19 +62,26 @@ class Gain(Method):
 
 @dataclass(kw_only=True, eq=False)
 class Focal(Method):
-    """Weigh each image by how unsure the network is of it; also draws fewer images each epoch."""
+    """Weigh each image by how unsure the network is of it; `share` draws fewer from epoch 1 on."""
 
     kind: ClassVar[Kind] = Kind.LOSS
     stage: ClassVar[Stage] = Stage.LOSS
     replaces_loss: ClassVar[bool] = True
     needs_ids: ClassVar[bool] = True
     gamma: float = 2.0
+    share: float = 1.0
 
     def validate(self) -> None:
-        self.ids: set[int] = set()
+        self.ids: dict[int, set[int]] = {}
+
+    def epoch_samples(self, dataset_size: int, epochs: int) -> list[int]:
+        return [dataset_size] + [round(dataset_size * self.share)] * (epochs - 1)
+
+    def epoch_ids(self, epoch: int, ids: Tensor) -> Tensor:
+        return ids if epoch == 0 else ids[: round(len(ids) * self.share)]
 
     def training_loss(self, model: Any, batch: Any, criterion: Any) -> Tensor:
-        self.ids.update(batch["id"].tolist())
+        self.ids.setdefault(self.epoch, set()).update(batch["id"].tolist())
         logits = model(batch["image"])
         sure = logits.detach().softmax(dim=1).gather(1, batch["label"].unsqueeze(1)).squeeze(1)
         losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")

@@ -44,6 +44,7 @@ def test_option_a_pads_with_zero_channels():
         ("timm/resnet18", (32, 32), 1),
         ("timm/vit_tiny_patch16_224", (64, 64), 3),
         ("torchvision/resnet18", (64, 64), 3),
+        ("torchvision/googlenet", (64, 64), 3),
         ("digitnet", (8, 8), 1),
         ("resnet20", (20, 20), 1),
     ],
@@ -92,6 +93,16 @@ def test_the_users_own_function_or_file(tmp_path):
 def test_unknown_names_suggest(name, text):
     with pytest.raises(UserError, match=text):
         models.build(name, num_classes=10)
+
+
+def test_nothing_is_fetched_or_opened_by_an_argument():
+    for key in ("pretrained", "pretrained_cfg", "checkpoint_path", "weights"):
+        with pytest.raises(UserError, match="use init: pretrained"):
+            models.build("timm/resnet18", num_classes=10, options={key: "x"})
+        with pytest.raises(UserError, match="use init: pretrained"):
+            models.rebuild(models.Network("timm/resnet18", {key: "x"}))
+    with pytest.raises(UserError, match="unknown network 'resnet18'"):
+        models.check_name("resnet18")
 
 
 def test_wrong_arguments_are_named():

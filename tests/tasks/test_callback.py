@@ -126,6 +126,34 @@ def test_a_checkpoint_carries_the_methods_state(tmp_path):
         assert torch.equal(a, b)
 
 
+class BuiltInSetup(Plain):
+    """Network and data come up in `setup`, as Lightning's own examples do."""
+
+    def __init__(self):
+        super().__init__()
+        del self.network
+
+    def setup(self, stage):
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.data = loader()
+
+    def train_dataloader(self):
+        return self.data
+
+
+def test_a_network_that_is_built_in_setup(tmp_path):
+    callback = MethodCallback([LBC(n=2, m=4)], network="network")
+    module = BuiltInSetup()
+    trainer = pl.Trainer(
+        max_steps=20, max_epochs=50, callbacks=[callback], logger=False, enable_model_summary=False,
+        enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert callback.methods[0].schedule.epoch_ends == [6, 12, 18, 20]
+    assert nm_pattern(callback.finalize(module)[0].weight) == (2, 4)
+
+
 def test_wrong_use_is_named(tmp_path):
     with pytest.raises(UserError, match="Plain has no network 'model'"):
         fit(tmp_path, MethodCallback([LBC(n=2, m=4)]))

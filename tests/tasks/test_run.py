@@ -186,6 +186,74 @@ def test_made_up_methods_train_by_recipe_beside_lbc():
     assert json.loads((run.path / "run.json").read_text())["label"] == "gain+lbc+focal"
 
 
+def test_a_method_may_draw_fewer_images():
+    """The engine knows every epoch's length beforehand: the schedules end with the last step."""
+    methods = {f"{MADE_UP}:Focal": {"share": 0.5}, "lbc": {"n": 2, "m": 4}}
+    run = train(recipe(methods=methods), run_dir="runs/half")
+    assert run is not None
+    assert [int(row["step"]) for row in rows(run.path)] == [4, 6, 8]  # 256, 128 and 128 images
+    assert float(rows(run.path)[-1]["learning_rate"]) < 0.05
+    assert nm_pattern(run.model[3].weight) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"train.optimizer": "adamv"},
+        {"train.optimizer": {"name": "sgd", "momentum": -1}},
+        {"train.augment": "foo"},
+        {"methods.lbc.end": 9},
+        {"trainer.precision": "17"},
+        {"trainer.accelerator": "gpu"}
+        if not torch.cuda.is_available()
+        else {"trainer.devices": 99},
+        {"methods": {f"{MADE_UP}:Focal": {}}, "train.mixup": 0.5},
+        {"model.checkpoint_path": "weights.pth"},
+    ],
+)
+def test_overwriting_waits_until_everything_has_been_checked(overrides, finished_run):
+    with pytest.raises(UserError):
+        train(
+            recipe(train={"epochs": 1}), run_dir=finished_run, overwrite=True, overrides=overrides
+        )
+    assert Path(finished_run, "model/model.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    train(recipe(train={"epochs": 1}), run_dir=path)
+    return str(path)
+
+
+def test_a_limited_run_knows_its_length():
+    for limit in (1, 0.5):
+        values = recipe(
+            train={"epochs": 2, "batch_size": 32, "accumulate": 3},
+            trainer={"limit_train_batches": limit},
+        )
+        run = train(values, run_dir=f"runs/limit{limit}")
+        assert run is not None
+        assert [int(r["step"]) for r in rows(run.path)] == ([1, 2] if limit == 1 else [2, 4])
+
+
+def test_killed_after_the_last_checkpoint_the_average_is_still_what_is_kept():
+    values = recipe(train={"ema": 0.9})
+    whole = train(values, run_dir="runs/ema")
+    assert whole is not None
+    os.remove("runs/ema/run.json")
+    again = train(values, run_dir="runs/ema", resume=True)
+    assert again is not None
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_a_failed_attempt_does_not_stand_in_the_way():
+    with pytest.raises(UserError, match="the loss became nan"):
+        train(recipe(model={"name": f"{NETS}:Bomb", "fuse": 0}), run_dir="runs/a")
+    assert train(recipe(train={"epochs": 1}), run_dir="runs/a") is not None
+
+
 def test_any_module_and_data_in_python():
     model = nets.small(10)
     plan = tenfold.plan({"task": "classification", "methods": {"lbc": {"n": 2, "m": 4}}}, model,
