@@ -171,13 +171,15 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on():
-    values = recipe(train={"epochs": 500})
+    values = recipe(train={"epochs": 2000})
     Path("recipe.yaml").write_text(yaml.safe_dump(values))
     process = subprocess.Popen(
         [sys.executable, "-m", "tenfold.cli", "train", "recipe.yaml", "--run_dir", "run"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a parent in the background of a shell hands down that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 120
     while not list(Path("run/checkpoints").glob("*.ckpt")):
