@@ -49,7 +49,10 @@ def blocks(*languages: str) -> list[Block]:
         for match in _BLOCK.finditer(page.read_text(encoding="utf-8")):
             if match["language"] in languages:
                 text = _INCLUDED.sub(lambda m: (ROOT / m[1]).read_text("utf-8"), match["text"])
-                found.append(Block(name(page), match["mark"] or "", match["language"], text))
+                mark = match["mark"] or ""
+                if mark.startswith("--8<--"):  # where an included part begins
+                    mark = ""
+                found.append(Block(name(page), mark, match["language"], text))
     return found
 
 
