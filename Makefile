@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Seconds; a page that is missing, a broken link or anything fetched from a network is an error.
+# Never with --quiet: MkDocs then doesn't count its warnings, and nothing is strict.
 docs: setup
 	$(BIN)/mkdocs build --strict
 
