@@ -31,9 +31,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Seconds; a page that is missing, a broken link or anything fetched from a network is an error.
+# Never with --quiet: MkDocs then doesn't count its warnings, and nothing is strict.
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 bench: setup
 	$(BIN)/python benchmarks/lbc_overhead.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage site

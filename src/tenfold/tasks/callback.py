@@ -28,9 +28,11 @@ class MethodCallback(pl.Callback):
             Trainer's own estimate, spread evenly.
 
     Example:
-        trainer = Trainer(max_epochs=90, callbacks=[MethodCallback([LBC(n=2, m=4)])])
-        trainer.fit(module, loader)
+        ```python
+        callback = MethodCallback([LBC(n=2, m=4)])
+        Trainer(max_epochs=90, callbacks=[callback]).fit(module, loader)
         network = callback.finalize(module)
+        ```
     """
 
     def __init__(
