@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def test_ten_kills_at_random_moments_and_the_end_is_bit_equal():
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
                 train("recipe.yaml", run_dir="killed", resume=Path("killed").exists())
                 code = 0
+            except BaseException:
+                Path("child.log").write_text(traceback.format_exc())
             finally:
                 os._exit(code)
         deadline = time.time() + (chance.uniform(0.05, 0.9) if kills < 10 else 300)
@@ -65,7 +68,7 @@ def test_ten_kills_at_random_moments_and_the_end_is_bit_equal():
             done, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.005)
         if done:
-            assert status == 0
+            assert status == 0, Path("child.log").read_text()
             if kills < 10:  # finished before ten kills came together: once more from its middle
                 os.remove("killed/run.json")
                 newest_one = newest(Path("killed/checkpoints"))
@@ -79,6 +82,21 @@ def test_ten_kills_at_random_moments_and_the_end_is_bit_equal():
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     assert rows(Path("killed")) == rows(Path("whole"))
+
+
+def test_a_folder_in_any_state_of_being_made_or_thrown_away_is_no_obstacle():
+    """What a kill leaves at the very start: an empty folder, half a recipe, an epoch half done."""
+    values = recipe(train={"epochs": 1})
+    for leftover in ((), ("recipe.yaml.writing",), ("recipe.yaml", "checkpoints/.e.ckpt.writing")):
+        shutil.rmtree("run", ignore_errors=True)
+        Path("run").mkdir()
+        for name in leftover:
+            Path("run", name).parent.mkdir(exist_ok=True)
+            Path("run", name).write_text("")
+        assert train(values, run_dir="run", resume=True) is not None
+    Path(".run.thrown-away/model").mkdir(parents=True)
+    assert train(values, run_dir="run", overwrite=True) is not None
+    assert not Path(".run.thrown-away").exists()
 
 
 def test_scores_and_masks_resume_too():
@@ -168,6 +186,12 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(UserError, match="none of the 3 checkpoints"):
         newest(tmp_path)
     assert newest(tmp_path / "nowhere") is None
+
+
+def test_the_newest_is_found_by_its_number(tmp_path):
+    for name in ("epoch=9", "epoch=10", "epoch=10-v1", "epoch=2-v3"):
+        SafeCheckpoints().save_checkpoint({}, tmp_path / f"{name}.ckpt")
+    assert newest(tmp_path) == tmp_path / "epoch=10-v1.ckpt"
 
 
 def test_ctrl_c_says_how_to_go_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def _epoch(file: Path) -> tuple[int, int]:
-    digits = "".join(c for c in file.stem.partition("=")[2] if c.isdigit())
-    return int(digits or -1), file.stat().st_mtime_ns
+    """Return the epoch, and the version that Lightning adds where a name was taken."""
+    found = re.fullmatch(r"epoch=(\d+)(?:-v(\d+))?", file.stem)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def _is_whole(file: Path) -> bool:

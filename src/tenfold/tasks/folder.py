@@ -126,18 +126,27 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
     if path.is_dir() and any(entry.suffix != ".writing" for entry in path.iterdir()):
         if not folder.is_run:
             raise UserError(f"{path} holds something that is no run: give another --run_dir")
-        if not (resume or overwrite) and not folder.is_empty:
-            raise UserError(
-                f"{path} holds a run already: pass --resume to go on with it, --overwrite to "
-                "throw it away, or another --run_dir"
-            )
-        if resume and not folder.is_empty:
-            _refuse_other_recipe(folder, recipe)
-            return folder
-        shutil.rmtree(path)
+        if not folder.is_empty:
+            if not (resume or overwrite):
+                raise UserError(
+                    f"{path} holds a run already: pass --resume to go on with it, --overwrite to "
+                    "throw it away, or another --run_dir"
+                )
+            if resume:
+                _refuse_other_recipe(folder, recipe)
+                return folder
+            _throw_away(path)
     path.mkdir(parents=True, exist_ok=True)
     write_text(folder.recipe_file, recipe.to_yaml())
     return folder
+
+
+def _throw_away(path: Path) -> None:
+    """Remove a run's folder. Killed in the middle, it leaves no folder that is half a run."""
+    trash = path.with_name(f".{path.name}.thrown-away")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(path, trash)
+    shutil.rmtree(trash)
 
 
 def _refuse_other_recipe(folder: RunFolder, recipe: Recipe) -> None:
