@@ -1,8 +1,8 @@
 """LBC's accuracy beside its rivals': dense, magnitude (ASP), SR-STE and LBC, paired by seed.
 
     python benchmarks/lbc.py                        # the small setting, for two CPU cores
-    python benchmarks/lbc.py --minutes 10           # stop cleanly after 10 minutes; repeat to go on
-    python benchmarks/lbc.py --full --minutes 10    # 200 epochs on all images, on a GPU
+    python benchmarks/lbc.py --minutes 9            # stop cleanly after 9 minutes; repeat to go on
+    python benchmarks/lbc.py --full --minutes 9     # 200 epochs on all images, on a GPU
     python benchmarks/lbc.py --smoke vit            # a ViT trains and finalizes exactly: a minute
 
 All runs of a seed share initial weights, order of the data, augmentation, optimizer and schedule
@@ -96,7 +96,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--patterns", nargs="+", help="such as 2:4 1:16")
     parser.add_argument("--methods", nargs="+", help=" ".join(METHODS))
-    parser.add_argument("--minutes", type=float, help="stop cleanly after so many")
+    parser.add_argument("--minutes", type=float, help="start no epoch that would end later")
     parser.add_argument("--output", help="name of the file in benchmarks/results")
     given = parser.parse_args(words)
     preset = SMOKE if given.smoke else FULL if given.full else SMALL

@@ -72,7 +72,7 @@ class Run:
         if self.method == "srste":
             return SRSTE(n=self.n, m=self.m)
         if self.method == "lbc":
-            return LBC(n=self.n, m=self.m, preset=preset)  # type: ignore[arg-type]
+            return LBC(n=self.n, m=self.m, preset=preset)
         return None
 
 
@@ -111,7 +111,7 @@ def train(
     model, _ = models.build(
         settings.model, num_classes=data.num_classes, channels=data.channels, size=data.size
     )
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device=device, memory_format=torch.channels_last)
     loader = data.train_loader(batch_size=settings.batch_size, seed=run.seed)
     optimizer = make_optimizer(settings.optimizer, model.parameters(), lr=settings.lr)
     schedule = make_schedule("cosine", optimizer, settings.epochs * len(loader))
@@ -134,7 +134,7 @@ def train(
         state = torch.load(source, map_location=device, weights_only=True)
         if state["method"] is not None:
             active = attach()
-            active.load_state_dict(state["method"])  # type: ignore[union-attr]
+            active.load_state_dict(state["method"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+
 import common
 import lbc
-import pytest
 import tables
-import torch
 import training
 from paired import difference, spread
-from training import Clock, Run, Settings
-
 from tenfold.errors import UserError
+from training import Clock, Run, Settings
 
 pytestmark = pytest.mark.path
 

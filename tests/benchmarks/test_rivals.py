@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from rivals import SRSTE, Magnitude, magnitude_mask
 from torch import Tensor, nn
 
+from rivals import SRSTE, Magnitude, magnitude_mask
 from tenfold.errors import UserError
 from tenfold.methods import LBC
 from tenfold.nn.blocks import to_blocks
