@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,8 @@ def paired_ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
     }
 
 
-def save(name: str, command: str, seed: int, results: Mapping[str, Any]) -> Path:
-    """Write `results/<name>.json` with hardware, versions, seed and command."""
+def save(name: str, command: str, seed: int | list[int], results: Mapping[str, Any]) -> Path:
+    """Write `results/<name>.json`, whole or not at all, with hardware, versions, seed, command."""
     machine = doctor()
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -71,6 +72,8 @@ def save(name: str, command: str, seed: int, results: Mapping[str, Any]) -> Path
         "machine": machine.to_dict(),
         **results,
     }
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_suffix(".writing")
+    draft.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path

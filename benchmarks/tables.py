@@ -38,8 +38,12 @@ def origin(found: dict[str, Any]) -> str:
         f"{name} {engine['version']}" for name, engine in machine["engines"].items()
     )
     seed = f", seed {found['seed']}" if "seed" in found else ""
+    if isinstance(found.get("seed"), list):
+        seed = f", seeds {', '.join(map(str, found['seed']))}"
+    gpu = found.get("gpu")
+    cpu = f"{machine['cpu']}, {found['threads']} threads ({' '.join(machine['instruction_sets'])})"
     return (
-        f"*{machine['cpu']}, {found['threads']} threads ({' '.join(machine['instruction_sets'])}), "
+        f"*{f'{gpu} beside {cpu}' if gpu else cpu}, "
         f"{engines}; `{found['command']}`{seed}, {found['created'][:10]}.*"
     )
 
@@ -80,6 +84,43 @@ def lbc_memory() -> str:
     return f"{markdown(header, rows)}\n\n{note}"
 
 
+def lbc_accuracy() -> str:
+    return accuracy_table("lbc_accuracy", "python benchmarks/lbc.py")
+
+
+def lbc_accuracy_gpu() -> str:
+    return accuracy_table("lbc_accuracy_gpu", "python benchmarks/lbc.py --full")
+
+
+def accuracy_table(name: str, command: str) -> str:
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `{command}`.*"
+    found = load(name)
+    others = ("dense", "magnitude", "srste")
+    rows = []
+    for pattern, methods in found["accuracy"].items():
+        for method, entry in methods.items():
+            deviation = "" if entry["sd"] is None else f" ± {100 * entry['sd']:.2f}"
+            rows.append(
+                [
+                    "" if pattern == "dense" else pattern,
+                    LABELS[method],
+                    f"{100 * entry['mean']:.2f} %{deviation}",
+                    *[_difference(entry.get("minus", {}).get(other)) for other in others],
+                ]
+            )
+    header = ["pattern", "method", "accuracy ± sd", *[f"minus {LABELS[name]}" for name in others]]
+    settings = found["settings"]
+    images = f"{settings['images']:,}" if settings["images"] else "all"
+    tested = next(iter(found["runs"].values()))["test_images"]
+    note = (
+        f"{settings['model']} on {images} training images, {settings['epochs']} epochs, batch "
+        f"{settings['batch_size']}, tested on {tested:,}. Differences are in points, paired by "
+        "seed, with their 95 % interval."
+    )
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
+
+
 def quickstart() -> str:
     return bench_table("quickstart")
 
@@ -115,7 +156,11 @@ def bench_table(name: str) -> str:
     return f"{markdown(header, rows)}\n{skipped}\n{origin(found)}"
 
 
+LABELS = {"dense": "dense", "magnitude": "magnitude", "srste": "SR-STE", "lbc": "LBC"}
+
 TABLES: dict[str, Callable[[], str]] = {
+    "lbc_accuracy": lbc_accuracy,
+    "lbc_accuracy_gpu": lbc_accuracy_gpu,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "quickstart": quickstart,
@@ -152,6 +197,15 @@ def main() -> int:
 
 def _spread(times: dict[str, float]) -> str:
     return f"{times['median_ms']:.0f} ({times['p10_ms']:.0f}-{times['p90_ms']:.0f})"
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{100 * found['mean']:+.2f}, {found['verdict']}"
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['mean']:+.2f} ({low:+.2f} to {high:+.2f}), {found['verdict']}"
 
 
 def _percent(ratio: float) -> str:
