@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import StateError, UserError
+from tenfold.methods.hooks import Owned, overflowed, parameters_of, unscale, watch_optimizers
 from tenfold.methods.ranks import keep_out_of_broadcasts
 from tenfold.methods.schedule import Schedule
 
@@ -179,7 +178,7 @@ class Method:
             model.add_module(name, module)
         keep_out_of_broadcasts(model, self.local_buffers(model))
         if not self.driven_by_engine:
-            self._remove_hook = _watch_optimizers(self)
+            self._remove_hook = watch_optimizers(self._optimizer_will_step)
         self.on_epoch_start(0)
         return model
 
@@ -204,7 +203,7 @@ class Method:
             StateError: not attached, or no optimizer stepped since the last call.
         """
         model = self._attached_model()
-        if not self._gradient_seen and not _overflowed(model):
+        if not self._gradient_seen and not overflowed(model):
             # A loss scaler that met an overflow skips the optimizer's step: no gradient, no error.
             raise StateError(
                 f"{type(self).__name__}.step() came without a step of the optimizer before it: "
@@ -277,7 +276,7 @@ class Method:
         optimizer; `finalize` takes it away.
         """
         number = f"_{len(self._owned) + 1}" if self._owned else ""
-        self._owned[f"tenfold_{self.key()}{number}"] = _Owned(module)
+        self._owned[f"tenfold_{self.key()}{number}"] = Owned(module)
         if optimizer is not None:
             self._own_optimizers.append(optimizer)
 
@@ -292,7 +291,7 @@ class Method:
 
     def _refuse_owned(self, optimizer: Optimizer) -> None:
         owned = {id(parameter) for parameter in self.owned_parameters()}
-        if owned and any(id(p) in owned for p in _parameters_of(optimizer)):
+        if owned and any(id(p) in owned for p in parameters_of(optimizer)):
             raise UserError(
                 f"the optimizer holds parameters that {type(self).__name__} trains itself: build "
                 f"it with {type(self).__name__.lower()}.parameters_for(model)"
@@ -391,20 +390,9 @@ class Method:
         model = self._model
         if model is None or optimizer in self._own_optimizers:
             return
-        held = {id(parameter) for parameter in _parameters_of(optimizer)}
-        if any(id(parameter) in held for parameter in model.parameters()) and _unscale(optimizer):
+        held = {id(parameter) for parameter in parameters_of(optimizer)}
+        if any(id(parameter) in held for parameter in model.parameters()) and unscale(optimizer):
             self.before_step(optimizer)
-
-
-class _Owned(nn.Module):
-    """Carries an owned module on a model; passes its input on where a Sequential calls it."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 def in_order(methods: Sequence[Method], task: str) -> list[Method]:
@@ -431,54 +419,3 @@ def in_order(methods: Sequence[Method], task: str) -> list[Method]:
             f"{' and '.join(replacing)} both replace the batch's loss: keep one of them"
         )
     return sorted(methods, key=lambda method: method.stage)
-
-
-def _watch_optimizers(method: Method) -> Callable[[], None]:
-    """Call the method ahead of every optimizer's step; return what ends that.
-
-    PyTorch's hook is global. It holds the method weakly, so that a loop that was given up doesn't
-    keep its model alive.
-    """
-    reference = weakref.ref(method)
-
-    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
-            return  # the backward pass is still to come, inside the closure
-        watching = reference()
-        if watching is not None:
-            watching._optimizer_will_step(optimizer)
-
-    handle = register_optimizer_step_pre_hook(hook)
-    weakref.finalize(method, handle.remove)
-    return handle.remove
-
-
-def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _unscale(optimizer: Optimizer) -> bool:
-    """Unscale the gradients where a loss scaler has left that to a fused optimizer's kernel.
-
-    Returns:
-        False if they overflowed, so that the kernel is about to skip the step.
-    """
-    scale = getattr(optimizer, "grad_scale", None)
-    if not isinstance(scale, Tensor):
-        return True
-    overflow = getattr(optimizer, "found_inf", None)
-    if isinstance(overflow, Tensor) and bool(overflow):
-        return False
-    for parameter in _parameters_of(optimizer):
-        if parameter.grad is not None:
-            parameter.grad.div_(scale.to(parameter.grad.device))
-    optimizer.grad_scale = None  # type: ignore[attr-defined] # done here, once
-    return True
-
-
-def _overflowed(model: nn.Module) -> bool:
-    return any(
-        not bool(torch.isfinite(parameter.grad).all())
-        for parameter in model.parameters()
-        if parameter.grad is not None
-    )
