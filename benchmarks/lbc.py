@@ -9,8 +9,9 @@ All runs of a seed share initial weights, order of the data, augmentation, optim
 (SGD with momentum 0.9, weight decay 1e-4, cosine to zero), and all methods treat the layers of
 LBC's default choice. Every accuracy is of plain layers with exactly N:M weights, on the whole
 held-out set. Finished runs are kept in results/<output>.json, a run in progress in
-runs/<output>-<settings>/; where a GPU waits for its launches, start the same command several times
-at once: each process takes runs that no other one has.
+runs/<output>-<settings>/. The same command may be started several times at once, and each process
+takes runs that no other one has: on few cores one process a core with OMP_NUM_THREADS=1, on a GPU
+as many as it takes to keep it busy.
 """
 
 from __future__ import annotations
