@@ -200,6 +200,26 @@ def test_an_abandoned_loop_leaves_no_model_behind():
     assert watched() is None
 
 
+def test_an_abandoned_method_may_be_collected_in_the_middle_of_a_step():
+    """PyTorch walks through its hooks then: none may vanish from under it."""
+    abandoned = [Gain()]
+    abandoned[0].attach(network(), total_steps=4)
+    model = network()
+
+    class Collecting(Gain):
+        def on_before_step(self, optimizer):
+            abandoned.clear()
+            gc.collect()
+
+    collecting = Collecting()
+    collecting.attach(model, total_steps=4)
+    later = Gain()  # a hook behind the one that collects
+    later.attach(network(), total_steps=4)
+    step(model, torch.optim.SGD(collecting.parameters_for(model), lr=0.1))
+    collecting.step()
+    assert not abandoned
+
+
 # -- owned parameters -----------------------------------------------------------------------------
 
 

@@ -25,12 +25,20 @@ class Owned(nn.Module):
         return x
 
 
+_watching: list[tuple[weakref.WeakMethod[Callable[[Optimizer], None]], Callable[[], None]]] = []
+
+
 def watch_optimizers(will_step: Callable[[Optimizer], None]) -> Callable[[], None]:
     """Call a bound method ahead of every optimizer's step; return what ends that.
 
     PyTorch's hook is global. It holds the method's object weakly, so that a loop that was given up
     doesn't keep its model alive.
     """
+    # The hooks of loops that were given up go now, not when their objects are collected: that may
+    # be in the middle of an optimizer's step, while PyTorch is walking through its hooks.
+    for entry in [entry for entry in _watching if entry[0]() is None]:
+        entry[1]()
+        _watching.remove(entry)
     reference = weakref.WeakMethod(will_step)
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,7 +49,7 @@ def watch_optimizers(will_step: Callable[[Optimizer], None]) -> Callable[[], Non
             watching(optimizer)
 
     handle = register_optimizer_step_pre_hook(hook)
-    weakref.finalize(will_step.__self__, handle.remove)  # type: ignore[attr-defined]
+    _watching.append((reference, handle.remove))
     return handle.remove
 
 
