@@ -1,0 +1,1 @@
+"""Operators with compiled CPU kernels and a plain PyTorch form of each."""

@@ -1,0 +1,141 @@
+"""The compiled kernels, where they were built; see csrc/.
+
+`TENFOLD_KERNELS` chooses the instruction set: `avx512`, `avx2`, `neon`, `portable`, or `reference`
+for plain PyTorch. Without it the best that this processor runs is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.errors import UserError
+
+__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "usable"]
+
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
+_WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def _load() -> tuple[Any, str]:
+    """Return the extension or None, and the instruction set or why there is none."""
+    wanted = os.environ.get("TENFOLD_KERNELS", "")
+    if wanted == "reference":
+        return None, "TENFOLD_KERNELS=reference asks for plain PyTorch"
+    try:
+        # torch brings its OpenMP library; imported first, both share its threads.
+        from tenfold import _kernels
+    except ImportError as error:
+        return None, f"the compiled extension is missing ({error})"
+    able = _kernels.instruction_sets()
+    if wanted and wanted not in able:
+        raise UserError(
+            f"TENFOLD_KERNELS={wanted}: expected reference or one that this processor runs: "
+            f"{', '.join(able)}"
+        )
+    _kernels.use(wanted or able[0])
+    return _kernels, wanted or able[0]
+
+
+_module, _state = _load()
+
+
+def instruction_set() -> str | None:
+    """Return the instruction set that the kernels use, or None without compiled kernels."""
+    return None if _module is None else _state
+
+
+def missing() -> str | None:
+    """Return why there are no compiled kernels, or None."""
+    return _state if _module is None else None
+
+
+def fits(x: Tensor) -> bool:
+    """Tell whether the compiled kernels take this input: float32 on the CPU."""
+    return _module is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def usable(x: Tensor) -> bool:
+    """Tell whether to call the kernels directly, past PyTorch's dispatcher, which takes longer."""
+    return type(x) is Tensor and fits(x) and not torch.compiler.is_compiling()
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    pattern: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """See `tenfold.kernels.nm.conv2d`."""
+    batch, channels, height, width = x.shape
+    rows = values.shape[0]
+    out_height = (
+        height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1
+    ) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    slots = kernel_size[0] * kernel_size[1] * (channels // groups) // pattern[1] * pattern[0]
+    if values.shape[1] != slots or rows % groups or out_height < 0 or out_width < 0:
+        raise UserError(
+            f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
+            f"values, kernel {tuple(kernel_size)} and {groups} groups"
+        )
+    out = torch.empty((batch, rows, out_height, out_width))
+    if add is not None and add.shape != out.shape:
+        raise UserError(f"add has shape {tuple(add.shape)}: expected {tuple(out.shape)}")
+    x = x.contiguous()
+    add = None if add is None else add.contiguous()
+    _module.conv2d(
+        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
+        _pointer(add), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
+        *padding, *dilation, groups, *pattern, _WEIGHT_TYPES[values.dtype],
+        _ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    pattern: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """See `tenfold.kernels.nm.linear`."""
+    features, rows = x.shape[-1], values.shape[0]
+    if values.shape[1] * pattern[1] != features * pattern[0]:
+        raise UserError(
+            f"input {tuple(x.shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
+            "values"
+        )
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], rows))
+    if add is not None and add.shape != out.shape:
+        raise UserError(f"add has shape {tuple(add.shape)}: expected {tuple(out.shape)}")
+    add = None if add is None else add.contiguous()
+    tokens = x.numel() // features
+    _module.linear(
+        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
+        _pointer(add), out.data_ptr(), tokens, features, rows, *pattern,
+        _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,70 @@
+"""The kernels' arithmetic in plain PyTorch: what runs without the compiled extension, and the oracle.
+
+It rebuilds the dense weight on every call, so it is as slow as a dense layer and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "conv2d", "dense_rows", "linear"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+def dense_rows(values: Tensor, index: Tensor, scale: Tensor | None, k: int) -> Tensor:
+    """Return the dense `(O, k)` matrix of a packed weight."""
+    kept = values if scale is None else values.to(scale.dtype) * scale[:, None]
+    rows = torch.zeros(len(values), k, dtype=kept.dtype, device=values.device)
+    return rows.scatter_(1, index.to(torch.int64), kept)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    pattern: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """See `tenfold.kernels.nm.conv2d`."""
+    channels = x.shape[1] // groups
+    rows = dense_rows(values, index, scale, kernel_size[0] * kernel_size[1] * channels)
+    weight = rows.reshape(-1, *kernel_size, channels).movedim(-1, 1).to(x.dtype)
+    y = F.conv2d(
+        x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups
+    )  # torch wants tuples
+    return ACTIVATIONS[activation](y if add is None else y + add).contiguous()
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    pattern: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """See `tenfold.kernels.nm.linear`."""
+    rows = dense_rows(values, index, scale, x.shape[-1]).to(x.dtype)
+    y = F.linear(x, rows, bias)
+    return ACTIVATIONS[activation](y if add is None else y + add).contiguous()
