@@ -81,13 +81,14 @@ def conv2d(
 ) -> Tensor:
     """See `tenfold.kernels.nm.conv2d`."""
     batch, channels, height, width = x.shape
-    rows = values.shape[0]
+    blocks, rows, slots = values.shape
     out_height = (
         height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1
     ) // stride[0] + 1
     out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-    slots = kernel_size[0] * kernel_size[1] * (channels // groups) // pattern[1] * pattern[0]
-    if values.shape[1] != slots or rows % groups or out_height < 0 or out_width < 0:
+    block = slots // pattern[0] * pattern[1]
+    weights = kernel_size[0] * kernel_size[1] * (channels // groups)
+    if -(-weights // block) != blocks or rows % groups or out_height < 0 or out_width < 0:
         raise UserError(
             f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
             f"values, kernel {tuple(kernel_size)} and {groups} groups"
@@ -100,7 +101,7 @@ def conv2d(
     _module.conv2d(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
         _pointer(add), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
-        *padding, *dilation, groups, *pattern, _WEIGHT_TYPES[values.dtype],
+        *padding, *dilation, groups, block, slots, _WEIGHT_TYPES[values.dtype],
         _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -117,8 +118,10 @@ def linear(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.linear`."""
-    features, rows = x.shape[-1], values.shape[0]
-    if values.shape[1] * pattern[1] != features * pattern[0]:
+    features = x.shape[-1]
+    blocks, rows, slots = values.shape
+    block = slots // pattern[0] * pattern[1]
+    if -(-features // block) != blocks:
         raise UserError(
             f"input {tuple(x.shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
             "values"
@@ -131,7 +134,7 @@ def linear(
     tokens = x.numel() // features
     _module.linear(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
-        _pointer(add), out.data_ptr(), tokens, features, rows, *pattern,
+        _pointer(add), out.data_ptr(), tokens, features, rows, block, slots,
         _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -2,11 +2,15 @@
 
     y = activation(W x + bias + add)
 
-W is stored as its kept values alone. With K = kernel positions x input channels of a group, in the
-order (ky, kx, channel), row o of W has S = K * n / m kept values in ascending order of k:
+W is stored as its kept values alone. A row has K = kernel positions x input channels of a group
+weights, in the order (ky, kx, channel). They are cut into blocks of at most 96, which the kernels
+keep in the first-level cache, and stored block by block:
 
-    values (O, S)  float32 | bfloat16 | int8        (an int8 row is multiplied by scale[o])
-    index  (O, S)  uint16, the k of each value; slot s belongs to block s // n of m neighbours
+    values (blocks, O, slots)  float32 | bfloat16 | int8   (row o of int8 is multiplied by scale[o])
+    index  (blocks, O, slots)  uint8, the place of each value in its block, ascending
+
+A block of B weights has B * n / m slots. The last block may be shorter than the others; its spare
+slots hold zeros.
 
 Both are custom operators of PyTorch with shapes for tracing, so `torch.compile` and `torch.export`
 keep them. Accumulation is in float32. They have no gradient: they are for finished models.
@@ -22,83 +26,108 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels import native, reference
 
-__all__ = ["ACTIVATIONS", "LARGEST_K", "WEIGHT_TYPES", "check_packed", "conv2d", "linear", "pack"]
+__all__ = ["ACTIVATIONS", "WEIGHT_TYPES", "block_length", "check_packed", "conv2d", "linear", "pack"]
 
 ACTIVATIONS = reference.ACTIVATIONS
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
-LARGEST_K = 65536  # an index has 16 bits
+LONGEST_BLOCK = 96  # with 72 columns of float32 it fills 27 KiB of the first-level cache
+
+
+def block_length(k: int, m: int) -> int:
+    """Return how many of a row's `k` weights make a block: a multiple of m, about equal blocks."""
+    units = k // m
+    blocks = -(-units // max(1, LONGEST_BLOCK // m))
+    return -(-units // blocks) * m
 
 
 def pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Return the kept `values` (in the weight's dtype) and `index` of a weight.
+    """Return the kept `values` (in the weight's dtype) and `index` of a weight, see the module.
 
     Args:
         weight: `(O, I)` of a linear layer, or `(O, I / groups, kH, kW)` of a convolution.
-        n: the most non-zeros in a block; a block with fewer stores zeros.
-        m: block length along the input channels.
+        n: the most non-zeros in m neighbours; where there are fewer, zeros are stored.
+        m: up to 32 neighbours along the input channels.
 
     Raises:
-        UserError: channels that are no multiple of m, more than 65,536 weights an output, or a
-            block with more than n non-zeros: the first one is named.
+        UserError: channels that are no multiple of m, or more than n non-zeros among m
+            neighbours: the first ones are named.
     """
-    if not 0 < n < m:
-        raise UserError(f"pattern {n}:{m}: expected 0 < n < m")
+    if not 0 < n < m <= 32:
+        raise UserError(f"pattern {n}:{m}: expected 0 < n < m <= 32")
     if weight.ndim < 2 or weight.shape[1] == 0 or weight.shape[1] % m:
         raise UserError(
             f"weight of shape {tuple(weight.shape)}: its second axis, the input channels, doesn't "
             f"divide into blocks of {m}"
         )
-    rows = weight.detach().movedim(1, -1).reshape(weight.shape[0], -1)  # k = (ky, kx, channel)
-    if rows.shape[1] > LARGEST_K:
-        raise UserError(
-            f"weight of shape {tuple(weight.shape)}: {rows.shape[1]:,} weights an output; the "
-            f"kernels take at most {LARGEST_K:,}: leave this layer dense"
-        )
-    blocks = rows.reshape(weight.shape[0], -1, m)
-    filled = blocks != 0
+    outputs, channels = weight.shape[:2]
+    groups = weight.detach().movedim(1, -1).reshape(outputs, -1, m)  # k = (ky, kx, channel)
+    filled = groups != 0
     counts = filled.sum(dim=2)
     if counts.numel() and int(counts.max()) > n:
-        row, block = (int(i) for i in (counts > n).nonzero()[0])
-        position, channel = divmod(block * m, weight.shape[1])
+        row, group = (int(i) for i in (counts > n).nonzero()[0])
+        position, channel = divmod(group * m, channels)
         raise UserError(
             f"not {n}:{m}: output {row}, kernel position {position}, input channels {channel} to "
-            f"{channel + m - 1} have {int(counts[row, block])} non-zeros; expected at most {n}"
+            f"{channel + m - 1} have {int(counts[row, group])} non-zeros; expected at most {n}"
         )
-    places = torch.arange(m, device=weight.device).expand_as(blocks)
-    # Filled places first; blocks with fewer than n lend the places of their first zeros.
+    places = torch.arange(m, device=weight.device).expand_as(groups)
+    # Filled places first; neighbours with fewer than n lend the places of their first zeros.
     order = torch.where(filled, places, places + m).sort(dim=2).values[..., :n] % m
     kept = order.sort(dim=2).values
-    values = blocks.gather(2, kept).reshape(weight.shape[0], -1).contiguous()
-    starts = torch.arange(blocks.shape[1], device=weight.device)[:, None] * m
-    return values, (kept + starts).reshape(values.shape).to(torch.uint16).contiguous()
+    values = groups.gather(2, kept)
+    k = groups.shape[1] * m
+    length = block_length(k, m)
+    a_block, blocks = length // m, -(-k // length)
+    spare = blocks * a_block - groups.shape[1]
+    if spare:
+        values = torch.cat([values, values.new_zeros(outputs, spare, n)], dim=1)
+        # Any place inside of the short block will do.
+        kept = torch.cat([kept, kept.new_zeros(outputs, spare, n)], dim=1)
+    starts = (torch.arange(blocks * a_block, device=weight.device) % a_block * m)[:, None]
+    if spare:
+        starts[-spare:] = 0
+    return (
+        _by_block(values, blocks).contiguous(),
+        _by_block(kept + starts, blocks).to(torch.uint8).contiguous(),
+    )
+
+
+def _by_block(groups: Tensor, blocks: int) -> Tensor:
+    return groups.reshape(len(groups), blocks, -1).transpose(0, 1)
 
 
 def check_packed(values: Tensor, index: Tensor, n: int, m: int, k: int) -> None:
     """Refuse packed weights that the kernels would read out of bounds with.
 
     Args:
-        values: `(O, S)`.
-        index: `(O, S)`.
-        n: kept weights a block.
-        m: block length.
+        values: `(blocks, O, slots)`.
+        index: of the same shape.
+        n: kept weights of m neighbours.
+        m: neighbours.
         k: weights an output, zeros included.
 
     Raises:
         UserError: sizes, types or places that don't agree.
     """
-    if not 0 < n < m or k % m or values.shape != index.shape or values.shape[1:] != (k // m * n,):
+    agrees = 0 < n < m <= 32 and k > 0 and k % m == 0 and values.shape == index.shape
+    if agrees:
+        length = block_length(k, m)
+        agrees = values.ndim == 3 and (-(-k // length), length // m * n) == values.shape[::2]
+    if not agrees:
         raise UserError(
             f"packed values {tuple(values.shape)} and index {tuple(index.shape)} are no {n}:{m} "
             f"weight of {k} weights an output"
         )
-    if values.dtype not in WEIGHT_TYPES or index.dtype != torch.uint16:
+    if values.dtype not in WEIGHT_TYPES or index.dtype != torch.uint8:
         raise UserError(
             f"packed values are {values.dtype} and their index {index.dtype}: expected float32, "
-            "bfloat16 or int8, and uint16"
+            "bfloat16 or int8, and uint8"
         )
-    blocks = index.to(torch.int64) // m
-    if not torch.equal(blocks, (torch.arange(values.shape[1]) // n).expand_as(blocks)):
-        raise UserError(f"an index of the packed weight lies outside its block of {m}")
+    lengths = [min(length, k - start) for start in range(0, k, length)]
+    if values.shape[1] and bool(
+        (index.amax(dim=(1, 2)) >= torch.tensor(lengths, device=index.device)).any()
+    ):
+        raise UserError("an index of the packed weight lies outside its block")
 
 
 def conv2d(
@@ -120,8 +149,8 @@ def conv2d(
 
     Args:
         x: `(B, C, H, W)`, float32.
-        values: `(O, S)`, see the module.
-        index: `(O, S)`.
+        values: `(blocks, O, slots)`, see the module.
+        index: of the same shape.
         scale: `(O,)` for int8 values.
         bias: `(O,)`.
         add: `(B, O, OH, OW)`, such as a residual.
@@ -207,7 +236,7 @@ def _(
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     )
-    return x.new_empty(x.shape[0], values.shape[0], height, width)
+    return x.new_empty(x.shape[0], values.shape[1], height, width)
 
 
 @torch.library.custom_op("tenfold::nm_linear", mutates_args=())
@@ -236,4 +265,4 @@ def _(
     pattern: Sequence[int],
     activation: str,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    return x.new_empty(*x.shape[:-1], values.shape[1])

@@ -22,11 +22,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def dense_rows(values: Tensor, index: Tensor, scale: Tensor | None, k: int) -> Tensor:
+def dense_rows(
+    values: Tensor, index: Tensor, scale: Tensor | None, pattern: Sequence[int], k: int
+) -> Tensor:
     """Return the dense `(O, k)` matrix of a packed weight."""
-    kept = values if scale is None else values.to(scale.dtype) * scale[:, None]
-    rows = torch.zeros(len(values), k, dtype=kept.dtype, device=values.device)
-    return rows.scatter_(1, index.to(torch.int64), kept)
+    if scale is not None:
+        values = values.to(scale.dtype) * scale[:, None]
+    blocks, outputs, slots = values.shape
+    length = slots // pattern[0] * pattern[1]
+    rows = values.new_zeros(blocks, outputs, length)
+    # Added, not set: a spare slot may share the place of a kept value.
+    rows.scatter_add_(2, index.to(torch.int64), values)
+    return rows.transpose(0, 1).reshape(outputs, -1)[:, :k]
 
 
 def conv2d(
@@ -46,7 +53,7 @@ def conv2d(
 ) -> Tensor:
     """See `tenfold.kernels.nm.conv2d`."""
     channels = x.shape[1] // groups
-    rows = dense_rows(values, index, scale, kernel_size[0] * kernel_size[1] * channels)
+    rows = dense_rows(values, index, scale, pattern, kernel_size[0] * kernel_size[1] * channels)
     weight = rows.reshape(-1, *kernel_size, channels).movedim(-1, 1).to(x.dtype)
     y = F.conv2d(
         x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups
@@ -65,6 +72,6 @@ def linear(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.linear`."""
-    rows = dense_rows(values, index, scale, x.shape[-1]).to(x.dtype)
+    rows = dense_rows(values, index, scale, pattern, x.shape[-1]).to(x.dtype)
     y = F.linear(x, rows, bias)
     return ACTIVATIONS[activation](y if add is None else y + add).contiguous()

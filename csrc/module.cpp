@@ -1,0 +1,134 @@
+// Python's view of the kernels: addresses and sizes in, nothing out. See kernels/native.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <new>
+#include <string>
+#include <vector>
+
+#include "nm.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using tenfold::Conv2d;
+using tenfold::Linear;
+using tenfold::Weight;
+using Address = std::uintptr_t;
+
+struct Kernels {
+  bool (*conv2d)(const Conv2d&);
+  bool (*linear)(const Linear&);
+};
+Kernels kernels{tenfold::portable::nm_conv2d, tenfold::portable::nm_linear};
+
+// Best first.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+#if defined(TENFOLD_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    names.emplace_back("avx512");
+  if (avx2) names.emplace_back("avx2");
+#elif defined(__ARM_NEON)
+  names.emplace_back("neon");
+#endif
+  names.emplace_back("portable");
+  return names;
+}
+
+void use(const std::string& name) {
+#if defined(TENFOLD_X86)
+  if (name == "avx512") {
+    kernels = {tenfold::avx512::nm_conv2d, tenfold::avx512::nm_linear};
+    return;
+  }
+  if (name == "avx2") {
+    kernels = {tenfold::avx2::nm_conv2d, tenfold::avx2::nm_linear};
+    return;
+  }
+#endif
+  // On Arm the portable kernels' vectors are NEON's.
+  kernels = {tenfold::portable::nm_conv2d, tenfold::portable::nm_linear};
+}
+
+Weight weight_of(Address values, Address index, Address scale, Address bias, long rows, long k,
+                 long block, long slots, int type, int activation) {
+  return {reinterpret_cast<const void*>(values),
+          reinterpret_cast<const std::uint8_t*>(index),
+          reinterpret_cast<const float*>(scale),
+          reinterpret_cast<const float*>(bias),
+          static_cast<tenfold::WeightType>(type),
+          static_cast<tenfold::Activation>(activation),
+          rows,
+          k,
+          block,
+          slots};
+}
+
+void conv2d(Address x, Address values, Address index, Address scale, Address bias, Address add,
+            Address out, long batch, long channels, long height, long width, long rows,
+            long kernel_height, long kernel_width, long stride_y, long stride_x, long padding_y,
+            long padding_x, long dilation_y, long dilation_x, long groups, long block,
+            long slots, int type, int activation, int threads) {
+  const long k = kernel_height * kernel_width * (channels / groups);
+  const Conv2d conv{
+      weight_of(values, index, scale, bias, rows, k, block, slots, type, activation),
+      reinterpret_cast<const float*>(x),
+      reinterpret_cast<const float*>(add),
+      reinterpret_cast<float*>(out),
+      batch,
+      channels,
+      height,
+      width,
+      (height + 2 * padding_y - dilation_y * (kernel_height - 1) - 1) / stride_y + 1,
+      (width + 2 * padding_x - dilation_x * (kernel_width - 1) - 1) / stride_x + 1,
+      kernel_height,
+      kernel_width,
+      stride_y,
+      stride_x,
+      padding_y,
+      padding_x,
+      dilation_y,
+      dilation_x,
+      groups,
+      threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.conv2d(conv);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void linear(Address x, Address values, Address index, Address scale, Address bias, Address add,
+            Address out, long tokens, long features, long rows, long block, long slots, int type,
+            int activation, int threads) {
+  const Linear layer{weight_of(values, index, scale, bias, rows, features, block, slots, type, activation),
+                     reinterpret_cast<const float*>(x),
+                     reinterpret_cast<const float*>(add),
+                     reinterpret_cast<float*>(out),
+                     tokens,
+                     threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.linear(layer);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Compiled kernels of tenfold; take addresses, check nothing.";
+  m.def("instruction_sets", instruction_sets);
+  m.def("use", use);
+  m.def("conv2d", conv2d);
+  m.def("linear", linear);
+}
