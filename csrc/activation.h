@@ -82,9 +82,10 @@ TENFOLD_INLINE void activate_row(float* row, long length, Activation activation)
 struct Clamp {
   float low = -std::numeric_limits<float>::infinity();
   float high = std::numeric_limits<float>::infinity();
+  Activation activation;
   bool more = false;  // a second pass is needed
 
-  explicit Clamp(Activation activation) {
+  explicit Clamp(Activation activation) : activation(activation) {
     if (activation == Activation::relu || activation == Activation::relu6) low = 0;
     if (activation == Activation::relu6) high = 6;
     more = activation == Activation::gelu || activation == Activation::silu;

@@ -10,7 +10,7 @@
 namespace tenfold::TENFOLD_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kMaxVectors = 4;
+constexpr int kMaxVectors = 8;
 constexpr bool kHalves = true;  // a panel may end in half a vector
 #elif defined(__AVX2__)
 constexpr int kMaxVectors = 8;
@@ -21,14 +21,15 @@ constexpr bool kHalves = false;
 #endif
 constexpr int kMaxWidth = (kMaxVectors + (kHalves ? 1 : 0)) * kLanes;
 
-// What a kernel does with R rows of one block.
+// Rows of one block times one panel.
 struct Step {
-  const void* values;  // row r starts at r * slots values
-  const std::uint8_t* index;
-  long slots;  // of a row in this block
+  const void* values;         // (rows, slots)
+  const std::uint8_t* index;  // (rows, slots)
+  long rows;
+  long slots;
   const float* panel;
-  float* tile;           // sums of earlier blocks, row stride = the panel's width
-  bool first;            // no earlier block: start from zero
+  float* tile;  // (rows, width): sums of earlier blocks, and then of this one too
+  bool first;   // there is no earlier block: start from zero
   // The last block may write its outputs at once: out != null.
   float* out;
   const float* add;
@@ -41,85 +42,104 @@ struct Step {
 
 using Micro = void (*)(const Step&);
 
-template <int R, int V, bool half, class Value>
+// The epilogue of one vector of an output row.
+template <int lanes, class Sum>
+TENFOLD_INLINE void finish(const Sum& sum, float scale, float bias, const float* add, float low,
+                           float high, float* out) {
+  using S = Simd<lanes>;
+  auto y = sum * scale + bias;
+  if (add) y += S::load(add);
+  y = y < low ? S::broadcast(low) : y;
+  S::store(out, y > high ? S::broadcast(high) : y);
+}
+
+// `step.rows` is a multiple of R.
+template <int R, int V, bool half, bool direct, class Value>
 void micro(const Step& step) {
   using S = Simd<kLanes>;
   using H = Simd<kHalves ? kLanes / 2 : kLanes>;
   constexpr int kWidth = V * kLanes + (half ? kLanes / 2 : 0);
-  typename S::Float sum[R][V > 0 ? V : 1];
-  typename H::Float rest[R];
-
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const float* tile = step.tile + r * kWidth;
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
-      sum[r][v] = step.first ? S::broadcast(0) : S::load(tile + v * kLanes);
-    if (half) rest[r] = step.first ? H::broadcast(0) : H::load(tile + V * kLanes);
-  }
-
   const auto* values = static_cast<const Value*>(step.values);
   const std::uint8_t* index = step.index;
   const long slots = step.slots;
-  const float* panel = step.panel;
-  for (long s = 0; s < slots; ++s) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float weight = to_float(values[s + r * slots]);
-      const float* row = panel + static_cast<std::size_t>(index[s + r * slots]) * kWidth;
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sum[r][v] += S::broadcast(weight) * S::load(row + v * kLanes);
-      if (half) rest[r] += H::broadcast(weight) * H::load(row + V * kLanes);
-    }
-  }
+  const float* const panel = step.panel;
+  float* tile = step.tile;
+  const bool first = step.first;
 
-  if (step.out == nullptr) {
+  for (long row = 0; row < step.rows; row += R) {
+    typename S::Float sum[R][V > 0 ? V : 1];
+    typename H::Float rest[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      float* tile = step.tile + r * kWidth;
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) S::store(tile + v * kLanes, sum[r][v]);
-      if (half) H::store(tile + V * kLanes, rest[r]);
+      for (int v = 0; v < V; ++v) sum[r][v] = S::broadcast(0);
+      if (half) rest[r] = H::broadcast(0);
     }
-    return;
-  }
+    if (!first) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const float scale = step.scale ? step.scale[r] : 1.0f;
-    const float bias = step.bias ? step.bias[r] : 0.0f;
-    alignas(64) float edge[kWidth];  // a panel that is not full takes the way round
-    const bool full = step.columns == kWidth;
-    float* out = full ? step.out + r * step.out_stride : edge;
-    const float* add = step.add ? step.add + r * step.out_stride : nullptr;
-    if (add && !full) {
-      std::memcpy(edge, add, static_cast<std::size_t>(step.columns) * sizeof(float));
-      std::memset(edge + step.columns, 0,
-                  static_cast<std::size_t>(kWidth - step.columns) * sizeof(float));
-      add = edge;
-    }
-    const auto low = step.clamp.low, high = step.clamp.high;
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      auto y = sum[r][v] * scale + bias;
-      if (add) y += S::load(add + v * kLanes);
-      y = y < low ? S::broadcast(low) : y;
-      S::store(out + v * kLanes, y > high ? S::broadcast(high) : y);
+        for (int v = 0; v < V; ++v) sum[r][v] = S::load(tile + r * kWidth + v * kLanes);
+        if (half) rest[r] = H::load(tile + r * kWidth + V * kLanes);
+      }
     }
-    if (half) {
-      auto y = rest[r] * scale + bias;
-      if (add) y += H::load(add + V * kLanes);
-      y = y < low ? H::broadcast(low) : y;
-      H::store(out + V * kLanes, y > high ? H::broadcast(high) : y);
+
+    for (long s = 0; s < slots; ++s) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float weight = to_float(values[s + r * slots]);
+        const float* at = panel + static_cast<std::size_t>(index[s + r * slots]) * kWidth;
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sum[r][v] += S::broadcast(weight) * S::load(at + v * kLanes);
+        if (half) rest[r] += H::broadcast(weight) * H::load(at + V * kLanes);
+      }
     }
-    if (!full)
-      std::memcpy(step.out + r * step.out_stride, edge,
-                  static_cast<std::size_t>(step.columns) * sizeof(float));
+    values += R * slots;
+    index += R * slots;
+
+    if (!direct) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) S::store(tile + r * kWidth + v * kLanes, sum[r][v]);
+        if (half) H::store(tile + r * kWidth + V * kLanes, rest[r]);
+      }
+      tile += R * kWidth;
+      continue;
+    }
+    if (!first) tile += R * kWidth;
+    const float low = step.clamp.low, high = step.clamp.high;
+    const bool full = step.columns == kWidth;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float scale = step.scale ? step.scale[row + r] : 1.0f;
+      const float bias = step.bias ? step.bias[row + r] : 0.0f;
+      float* const to = step.out + (row + r) * step.out_stride;
+      const float* add = step.add ? step.add + (row + r) * step.out_stride : nullptr;
+      alignas(64) float edge[kWidth];  // a panel that is not full takes the way round
+      float* out = full ? to : edge;
+      const auto bytes = static_cast<std::size_t>(step.columns) * sizeof(float);
+      if (add && !full) {
+        std::memcpy(edge, add, bytes);
+        std::memset(edge + step.columns, 0, sizeof edge - bytes);
+        add = edge;
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+        finish<kLanes>(sum[r][v], scale, bias, add ? add + v * kLanes : nullptr, low, high,
+                       out + v * kLanes);
+      if constexpr (half)
+        finish<kLanes / 2>(rest[r], scale, bias, add ? add + V * kLanes : nullptr, low, high,
+                           out + V * kLanes);
+      if (!full) std::memcpy(to, edge, bytes);
+      if (step.clamp.more) activate_row(to, step.columns, step.clamp.activation);
+    }
   }
 }
 
-// Rows at once for a panel of so many vectors: about eight sums in registers.
+// Rows at once for a panel of so many vectors: what the registers hold.
 constexpr int rows_at_once(int vectors) {
-  const int most = kLanes == 16 ? 8 : kLanes == 8 ? 8 : 6;
+  const int most = kLanes == 16 ? 16 : kLanes == 8 ? 8 : 6;
   const int rows = most / (vectors > 0 ? vectors : 1);
   return rows < 1 ? 1 : rows > 4 ? 4 : rows == 3 ? 2 : rows;
 }
@@ -128,15 +148,22 @@ constexpr int rows_at_once(int vectors) {
 struct Width {
   int vectors;
   bool half;
-  int rows;      // that `many` takes
-  Micro many, one;
+  int rows;  // that the kernels for many rows take at once
+  Micro many, one;                // to the tile
+  Micro many_direct, one_direct;  // to the output
   int columns() const { return vectors * kLanes + (half ? kLanes / 2 : 0); }
 };
 
 template <int V, bool half, class Value>
 Width width_of() {
   constexpr int rows = rows_at_once(V + (half ? 1 : 0));
-  return {V, half, rows, micro<rows, V, half, Value>, micro<1, V, half, Value>};
+  return {V,
+          half,
+          rows,
+          micro<rows, V, half, false, Value>,
+          micro<1, V, half, false, Value>,
+          micro<rows, V, half, true, Value>,
+          micro<1, V, half, true, Value>};
 }
 
 template <class Value>
@@ -157,12 +184,10 @@ Width narrowest(int columns) {
     TENFOLD_WIDTH(2)
     TENFOLD_WIDTH(3)
     TENFOLD_WIDTH(4)
-#if !defined(__AVX512F__)
     TENFOLD_WIDTH(5)
     TENFOLD_WIDTH(6)
     TENFOLD_WIDTH(7)
     TENFOLD_WIDTH(8)
-#endif
     default:
       break;
   }

@@ -57,7 +57,7 @@ void use(const std::string& name) {
   kernels = {tenfold::portable::nm_conv2d, tenfold::portable::nm_linear};
 }
 
-Weight weight_of(Address values, Address index, Address scale, Address bias, long rows, long k,
+Weight weight_of(Address values, Address index, Address scale, Address bias, long rows, long k, long tile,
                  long block, long slots, int type, int activation) {
   return {reinterpret_cast<const void*>(values),
           reinterpret_cast<const std::uint8_t*>(index),
@@ -67,6 +67,7 @@ Weight weight_of(Address values, Address index, Address scale, Address bias, lon
           static_cast<tenfold::Activation>(activation),
           rows,
           k,
+          tile,
           block,
           slots};
 }
@@ -74,11 +75,12 @@ Weight weight_of(Address values, Address index, Address scale, Address bias, lon
 void conv2d(Address x, Address values, Address index, Address scale, Address bias, Address add,
             Address out, long batch, long channels, long height, long width, long rows,
             long kernel_height, long kernel_width, long stride_y, long stride_x, long padding_y,
-            long padding_x, long dilation_y, long dilation_x, long groups, long block,
+            long padding_x, long dilation_y, long dilation_x, long groups, long tile,
+            long block,
             long slots, int type, int activation, int threads) {
   const long k = kernel_height * kernel_width * (channels / groups);
   const Conv2d conv{
-      weight_of(values, index, scale, bias, rows, k, block, slots, type, activation),
+      weight_of(values, index, scale, bias, rows, k, tile, block, slots, type, activation),
       reinterpret_cast<const float*>(x),
       reinterpret_cast<const float*>(add),
       reinterpret_cast<float*>(out),
@@ -107,9 +109,9 @@ void conv2d(Address x, Address values, Address index, Address scale, Address bia
 }
 
 void linear(Address x, Address values, Address index, Address scale, Address bias, Address add,
-            Address out, long tokens, long features, long rows, long block, long slots, int type,
+            Address out, long tokens, long features, long rows, long tile, long block, long slots, int type,
             int activation, int threads) {
-  const Linear layer{weight_of(values, index, scale, bias, rows, features, block, slots, type, activation),
+  const Linear layer{weight_of(values, index, scale, bias, rows, features, tile, block, slots, type, activation),
                      reinterpret_cast<const float*>(x),
                      reinterpret_cast<const float*>(add),
                      reinterpret_cast<float*>(out),

@@ -1,6 +1,7 @@
 // N:M sparse weights times dense activations: the problems that the kernels solve.
 //
-// A row of a weight has `k` values in the order (ky, kx, channel of its group), cut into blocks of
+// A row of a weight has `k` values in the order (tile of channels of its group, ky, kx, channel in
+// the tile), so that a block needs few channels of the image. They are cut into blocks of
 // `block` (the last may be shorter). Of each block its `slots` kept values are stored, with their
 // places inside the block: values and index are (blocks, rows, slots), so that a kernel which runs
 // all rows over one block reads them in order.
@@ -23,7 +24,8 @@ struct Weight {
   Activation activation;
   long rows;   // outputs, over all groups
   long k;      // weights an output, zeros included
-  long block;  // of k
+  long tile;   // channels; the last tile may be shorter
+  long block;  // of k, a multiple of m
   long slots;  // kept values of a row in a block
 };
 

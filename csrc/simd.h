@@ -45,38 +45,65 @@ struct Simd {
   }
 };
 
-// Lanes [begin, end) from memory, zeros elsewhere; the other lanes' memory is never touched.
-TENFOLD_INLINE Simd<kLanes>::Float load_lanes(const float* from, int begin, int end) {
+// A choice of lanes of a vector, in the form that loads want.
+struct Lanes {
 #if defined(__AVX512F__)
-  const auto mask = static_cast<__mmask16>(((1u << end) - 1u) & ~((1u << begin) - 1u));
-  return _mm512_maskz_loadu_ps(mask, from);
-#elif defined(__AVX2__)
+  __mmask16 mask;
+  std::uint32_t spread;  // the same lanes of every second float
+#else
+  int begin, end;
+#endif
+};
+
+TENFOLD_INLINE Lanes lanes_between(int begin, int end) {
+#if defined(__AVX512F__)
+  const std::uint32_t lanes = ((1u << end) - 1u) & ~((1u << begin) - 1u);
+  return {static_cast<__mmask16>(lanes), _pdep_u32(lanes, 0x55555555u)};
+#else
+  return {begin, end};
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+TENFOLD_INLINE __m256i lane_mask(Lanes lanes) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i mask = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
-                                           _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
-  return _mm256_maskload_ps(from, mask);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.begin), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.end), lane));
+}
+#endif
+
+// The chosen lanes from memory, zeros elsewhere; the other lanes' memory is never touched.
+TENFOLD_INLINE Simd<kLanes>::Float load_lanes(const float* from, Lanes lanes) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(lanes.mask, from);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(from, lane_mask(lanes));
 #else
   Simd<kLanes>::Float value{};
-  for (int lane = begin; lane < end; ++lane) value[lane] = from[lane];
+  for (int lane = lanes.begin; lane < lanes.end; ++lane) value[lane] = from[lane];
   return value;
 #endif
 }
 
 // The same with lane i from from[2 * i].
-TENFOLD_INLINE Simd<kLanes>::Float load_even(const float* from, int begin, int end) {
+TENFOLD_INLINE Simd<kLanes>::Float load_even(const float* from, Lanes lanes) {
 #if defined(__AVX512F__)
-  const std::uint32_t lanes = ((1u << end) - 1u) & ~((1u << begin) - 1u);
-  const std::uint32_t spread = _pdep_u32(lanes, 0x55555555u);
-  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(spread), from);
-  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(spread >> 16), from + 16);
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.spread), from);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.spread >> 16), from + 16);
   const __m512i even =
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return _mm512_permutex2var_ps(low, even, high);
 #else
   Simd<kLanes>::Float value{};
-  for (int lane = begin; lane < end; ++lane) value[lane] = from[2 * lane];
+  for (int lane = lanes.begin; lane < lanes.end; ++lane) value[lane] = from[2 * lane];
   return value;
 #endif
+}
+
+// Vectors without a lane in common.
+TENFOLD_INLINE Simd<kLanes>::Float merge(Simd<kLanes>::Float a, Simd<kLanes>::Float b) {
+  using S = Simd<kLanes>;
+  return reinterpret_cast<S::Float>(reinterpret_cast<S::Int>(a) | reinterpret_cast<S::Int>(b));
 }
 
 // Transpose 8 x 8 floats.

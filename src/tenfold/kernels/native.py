@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.errors import UserError
+from tenfold.kernels.reference import channel_tile
 
 __all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "usable"]
 
@@ -88,7 +89,7 @@ def conv2d(
     out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     block = slots // pattern[0] * pattern[1]
     weights = kernel_size[0] * kernel_size[1] * (channels // groups)
-    if -(-weights // block) != blocks or rows % groups or out_height < 0 or out_width < 0:
+    if -(-weights // block) != blocks or rows % groups or out_height < 1 or out_width < 1:
         raise UserError(
             f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
             f"values, kernel {tuple(kernel_size)} and {groups} groups"
@@ -101,7 +102,7 @@ def conv2d(
     _module.conv2d(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
         _pointer(add), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
-        *padding, *dilation, groups, block, slots, _WEIGHT_TYPES[values.dtype],
+        *padding, *dilation, groups, channel_tile(pattern[1]), block, slots, _WEIGHT_TYPES[values.dtype],
         _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -134,7 +135,7 @@ def linear(
     tokens = x.numel() // features
     _module.linear(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
-        _pointer(add), out.data_ptr(), tokens, features, rows, block, slots,
+        _pointer(add), out.data_ptr(), tokens, features, rows, features, block, slots,
         _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out

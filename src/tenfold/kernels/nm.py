@@ -3,8 +3,9 @@
     y = activation(W x + bias + add)
 
 W is stored as its kept values alone. A row has K = kernel positions x input channels of a group
-weights, in the order (ky, kx, channel). They are cut into blocks of at most 96, which the kernels
-keep in the first-level cache, and stored block by block:
+weights, in the order (tile of about 16 channels, ky, kx, channel in the tile). They are cut into
+blocks of at most 128, which the kernels keep in the first-level cache with the activations that
+they meet, and stored block by block:
 
     values (blocks, O, slots)  float32 | bfloat16 | int8   (row o of int8 is multiplied by scale[o])
     index  (blocks, O, slots)  uint8, the place of each value in its block, ascending
@@ -30,13 +31,16 @@ __all__ = ["ACTIVATIONS", "WEIGHT_TYPES", "block_length", "check_packed", "conv2
 
 ACTIVATIONS = reference.ACTIVATIONS
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
-LONGEST_BLOCK = 96  # with 72 columns of float32 it fills 27 KiB of the first-level cache
+# A block times the columns that the kernels take at once fills the first-level cache. Where many
+# weights are kept, fewer rows and more columns spare loads of weights; else more rows spare loads of
+# sums.
+LONGEST_BLOCK, LONGEST_DENSE_BLOCK = 128, 64
 
 
-def block_length(k: int, m: int) -> int:
+def block_length(k: int, n: int, m: int) -> int:
     """Return how many of a row's `k` weights make a block: a multiple of m, about equal blocks."""
     units = k // m
-    blocks = -(-units // max(1, LONGEST_BLOCK // m))
+    blocks = -(-units // ((LONGEST_DENSE_BLOCK if 3 * n > m else LONGEST_BLOCK) // m))
     return -(-units // blocks) * m
 
 
@@ -60,12 +64,13 @@ def pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
             f"divide into blocks of {m}"
         )
     outputs, channels = weight.shape[:2]
-    groups = weight.detach().movedim(1, -1).reshape(outputs, -1, m)  # k = (ky, kx, channel)
+    groups = reference.tiled(weight.detach(), m).reshape(outputs, -1, m)
     filled = groups != 0
     counts = filled.sum(dim=2)
     if counts.numel() and int(counts.max()) > n:
         row, group = (int(i) for i in (counts > n).nonzero()[0])
-        position, channel = divmod(group * m, channels)
+        places = torch.arange(weight[0].numel()).reshape(1, *weight.shape[1:])
+        channel, position = divmod(int(reference.tiled(places, m)[0, group * m]), weight[0, 0].numel())
         raise UserError(
             f"not {n}:{m}: output {row}, kernel position {position}, input channels {channel} to "
             f"{channel + m - 1} have {int(counts[row, group])} non-zeros; expected at most {n}"
@@ -76,7 +81,7 @@ def pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     kept = order.sort(dim=2).values
     values = groups.gather(2, kept)
     k = groups.shape[1] * m
-    length = block_length(k, m)
+    length = block_length(k, n, m)
     a_block, blocks = length // m, -(-k // length)
     spare = blocks * a_block - groups.shape[1]
     if spare:
@@ -111,7 +116,7 @@ def check_packed(values: Tensor, index: Tensor, n: int, m: int, k: int) -> None:
     """
     agrees = 0 < n < m <= 32 and k > 0 and k % m == 0 and values.shape == index.shape
     if agrees:
-        length = block_length(k, m)
+        length = block_length(k, n, m)
         agrees = values.ndim == 3 and (-(-k // length), length // m * n) == values.shape[::2]
     if not agrees:
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "conv2d", "dense_rows", "linear"]
+__all__ = ["ACTIVATIONS", "channel_tile", "conv2d", "dense_rows", "linear", "tiled", "untiled"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -36,6 +36,25 @@ def dense_rows(
     return rows.transpose(0, 1).reshape(outputs, -1)[:, :k]
 
 
+def channel_tile(m: int) -> int:
+    """Return how many channels a tile has; the last tile may have fewer."""
+    return -(-16 // m) * m
+
+
+def tiled(weight: Tensor, m: int) -> Tensor:
+    """Return a weight `(O, I, *kernel)` as rows `(O, K)` in the kernels' order."""
+    tiles = weight.reshape(*weight.shape[:2], -1).split(channel_tile(m), dim=1)
+    return torch.cat([tile.transpose(1, 2).flatten(1) for tile in tiles], dim=1)
+
+
+def untiled(rows: Tensor, channels: int, kernel_size: Sequence[int], m: int) -> Tensor:
+    """Undo `tiled`: return `(O, channels, *kernel_size)`."""
+    positions = kernel_size[0] * kernel_size[1]
+    tiles = rows.split(channel_tile(m) * positions, dim=1)
+    weight = torch.cat([t.reshape(len(t), positions, -1).transpose(1, 2) for t in tiles], dim=1)
+    return weight.reshape(-1, channels, *kernel_size)
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -54,7 +73,7 @@ def conv2d(
     """See `tenfold.kernels.nm.conv2d`."""
     channels = x.shape[1] // groups
     rows = dense_rows(values, index, scale, pattern, kernel_size[0] * kernel_size[1] * channels)
-    weight = rows.reshape(-1, *kernel_size, channels).movedim(-1, 1).to(x.dtype)
+    weight = untiled(rows, channels, kernel_size, pattern[1]).to(x.dtype)
     y = F.conv2d(
         x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups
     )  # torch wants tuples
