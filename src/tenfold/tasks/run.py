@@ -178,7 +178,7 @@ def _build(
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     sizes = epoch_sizes(
-        len(experiment.data.train_ids), recipe.train, experiment.methods, trainer.world_size
+        experiment.data.train_size, recipe.train, experiment.methods, trainer.world_size
     )
     sizes = _limited(sizes, trainer, recipe)
     callback.steps_per_epoch = sizes
