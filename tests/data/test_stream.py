@@ -229,8 +229,10 @@ def test_nothing_to_read_is_an_error_and_no_endless_loop() -> None:
 
 def test_what_a_stream_cannot_do_is_refused() -> None:
     made = data([9], samples=None)
-    with pytest.raises(UserError, match="doesn't say how many training images"):
+    with pytest.raises(UserError, match="doesn't say how many train images"):
         made.train_loader(batch_size=2, seed=0)
+    with pytest.raises(UserError, match=r"give data\.samples"):
+        made.train_size  # noqa: B018
     for name in ("train", "test", "train_ids", "test_ids"):
         with pytest.raises(UserError, match="are a stream"):
             getattr(made, name)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.data.randomness import mix_one
+from tenfold.errors import UserError
 
 __all__ = ["ImageStream", "Row", "StreamSplit", "in_order", "shuffled_pass"]
 
@@ -76,8 +77,17 @@ class StreamSplit:
 
     @property
     def size(self) -> int:
-        """How many images make an epoch; 0 where that isn't known."""
-        return min(self.samples or 0, self.limit or self.samples or 0)
+        """How many images make an epoch.
+
+        Raises:
+            UserError: that isn't known.
+        """
+        if self.samples is None:
+            raise UserError(
+                f"the stream doesn't say how many {self.title} images it has: expected a number, "
+                "for the schedules; give data.samples"
+            )
+        return self.samples if self.limit is None else min(self.samples, self.limit)
 
     @property
     def skipped(self) -> list[str]:

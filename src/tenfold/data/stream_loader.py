@@ -231,11 +231,6 @@ def make_stream_loader(
         UserError: a rank out of range, or the number of training images isn't known.
     """
     check_rank(rank, world_size)
-    if augmentation is not None and split.samples is None:
-        raise UserError(
-            "the stream doesn't say how many training images it has: expected a number, for the "
-            "schedules; give data.samples"
-        )
     if workers is None:
         workers = min(4, cpu_count(), max(1, split.stream.shards // world_size))
     batches = StreamBatches(
