@@ -38,6 +38,7 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/lbc_overhead.py
+	$(BIN)/python benchmarks/folder_startup.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

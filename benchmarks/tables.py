@@ -121,6 +121,27 @@ def accuracy_table(name: str, command: str) -> str:
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
 
+def folder_startup() -> str:
+    found = load("folder_startup")
+    titles = {
+        "first": "tenfold, first start",
+        "second": "tenfold, list kept",
+        "torchvision": "torchvision's ImageFolder",
+    }
+    rows = [
+        [
+            title,
+            f"{start['cpu_seconds']:.2f} s",
+            f"{start['seconds']:.2f} s",
+            f"{start['bytes_per_file']:.0f} bytes",
+        ]
+        for title, start in ((titles[name], start) for name, start in found["starts"].items())
+    ]
+    header = [f"{found['files']:,} files in {found['folders']:,} folders"]
+    header += ["CPU time", "wall time", "memory per file"]
+    return f"{markdown(header, rows)}\n\n{origin(found)}"
+
+
 def quickstart() -> str:
     return bench_table("quickstart")
 
@@ -163,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy_gpu": lbc_accuracy_gpu,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
+    "folder_startup": folder_startup,
     "quickstart": quickstart,
     "cifar10_run": cifar10_run,
 }

@@ -51,6 +51,18 @@ def test_every_form_of_a_spec() -> None:
         ({"name": "npz:a", "path": "b"}, "the path once"),
         ("npz", "npz has no path: expected its folder; give npz:PATH"),
         ("npz:", "data.path is ''"),
+        ({"name": "npz", "streaming": True}, "data.streaming is True: expected it only for hf"),
+        ({"name": "digits", "classes": 3}, "data.classes is .*only for hf data, not for digits"),
+        ({"name": "hf", "samples": 3}, "data.samples is 3: expected it only beside streaming"),
+        ({"name": "hf", "streaming": "yes"}, "data.streaming is 'yes': expected true or false"),
+        ({"name": "hf", "classes": 0}, "data.classes is 0: expected how many"),
+        ({"name": "hf", "classes": ["a", "a"]}, "data.classes is .*each once"),
+        ({"name": "hf", "config": 3}, "data.config is 3: expected a name"),
+        ({"name": "hf", "streaming": True, "buffer": 0}, "data.buffer is 0"),
+        ("hf", "hf has no path: expected a name on the Hub or a folder"),
+        ("hf:no/such/folder", "no/such/folder doesn't exist"),
+        ("hf:/nosuch", "/nosuch doesn't exist"),
+        ("hf:../nosuch", "nosuch doesn't exist"),
         ("imagefolder:nowhere/at/all", "nowhere/at/all doesn't exist"),
     ],
 )
@@ -67,14 +79,14 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_names_are_described() -> None:
-    assert set(names()) == {"digits", "cifar10", "cifar100", "imagefolder", "npz"}
+    assert set(names()) == {"digits", "cifar10", "cifar100", "imagefolder", "npz", "hf"}
     assert all(names().values())
 
 
 def test_importing_loads_no_heavy_library() -> None:
     code = (
         "import sys, tenfold.data; print([m for m in ('torchvision', 'PIL', 'sklearn', 'timm', "
-        "'lightning', 'scipy') if m in sys.modules])"
+        "'lightning', 'scipy', 'datasets', 'pyarrow') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

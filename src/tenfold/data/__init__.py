@@ -10,6 +10,7 @@ from tenfold.data.options import DataOptions
 from tenfold.data.preprocessing import load_image, normalize
 from tenfold.data.registry import create, names
 from tenfold.data.sampler import EpochSampler
+from tenfold.data.stream import ImageStream, StreamSplit
 from tenfold.data.transforms import augmentations
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "EpochSampler",
     "ImageData",
     "ImageSet",
+    "ImageStream",
+    "StreamSplit",
     "augmentations",
     "create",
     "load_image",

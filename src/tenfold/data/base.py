@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 __all__ = ["ArraySet", "ImageSet"]
@@ -30,6 +31,10 @@ class ImageSet(ABC):
     @abstractmethod
     def label(self, index: int) -> int:
         """Return the class of one image."""
+
+    def labels(self) -> Tensor:
+        """Return the class of every image: int64 `(N,)`."""
+        return torch.tensor([self.label(i) for i in range(len(self))], dtype=torch.int64)
 
     @abstractmethod
     def name(self, index: int) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.data.base import ImageSet
 from tenfold.data.decode import decode
 from tenfold.data.images import ImageData
+from tenfold.data.listing import ENDINGS, Listing, list_images
 from tenfold.data.options import DataOptions
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
@@ -18,7 +22,6 @@ from tenfold.errors import UserError
 
 __all__ = ["FileSet", "imagefolder"]
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _HELD_OUT = ("val", "validation", "test")
 
 # ImageNet's constants, not the set's own: there is nothing to read ahead of the first epoch, and
@@ -30,31 +33,46 @@ class FileSet(ImageSet):
     """Image files with labels, RGB.
 
     Args:
-        root: names are given relative to it.
-        files: the files.
-        labels: a class number for each.
+        listing: the files below a split's folder.
+        labels: a class number for each of the listing's folders.
+        order: the files to use, as indexes into the listing; by default all.
     """
 
-    def __init__(self, root: Path, files: Sequence[Path], labels: Sequence[int]) -> None:
-        self._root = root
-        self._files = list(files)
-        self._labels = list(labels)
+    def __init__(
+        self,
+        listing: Listing,
+        labels: Sequence[int],
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        self._listing = listing
+        self._labels = np.array(labels, np.int32)
+        self._order = np.arange(len(listing), dtype=np.int32) if order is None else order
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._order)
 
     def image(self, index: int) -> Tensor:  # noqa: D102
-        return decode(self._files[index], 3, str(self._files[index]))
+        file = self._listing.path(self._order[index])
+        return decode(file, 3, str(file))
 
     def label(self, index: int) -> int:  # noqa: D102
-        return self._labels[index]
+        return int(self._labels[self._listing.holder[self._order[index]]])
+
+    def labels(self) -> Tensor:  # noqa: D102
+        held = self._listing.holder[self._order]
+        return torch.from_numpy(self._labels[held].astype(np.int64))
 
     def name(self, index: int) -> str:  # noqa: D102
-        return self._files[index].relative_to(self._root).as_posix()
+        return f"{self._listing.root.name}/{self._listing.relative(self._order[index])}"
 
     def fingerprint(self) -> str:  # noqa: D102
-        stats = ((file, file.stat()) for file in self._files)
-        return "\n".join(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+        digest = hashlib.sha256(os.fsencode(self._listing.root))
+        for index in self._order:
+            file = self._listing.path(index)
+            stat = file.stat()
+            digest.update(os.fsencode(file))
+            digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 def imagefolder(options: DataOptions) -> ImageData:
@@ -75,8 +93,9 @@ def imagefolder(options: DataOptions) -> ImageData:
             f"{root} has no folder {' or '.join(_HELD_OUT)}: expected images to evaluate on beside "
             "train; move some of each class there"
         )
-    classes = _class_names(root / "train")
-    unknown = [name for name in _class_names(root / held_out) if name not in classes]
+    train, test = list_images(root / "train"), list_images(root / held_out)
+    classes = _class_names(train)
+    unknown = [name for name in _class_names(test) if name not in classes]
     if unknown:
         raise UserError(
             f"{root / held_out / unknown[0]} is a class that {root / 'train'} doesn't have: "
@@ -86,8 +105,8 @@ def imagefolder(options: DataOptions) -> ImageData:
     return ImageData(
         name="imagefolder",
         classes=classes,
-        train=Split("train", _files(root, "train", classes, options.limit), options.skip_bad),
-        test=Split("test", _files(root, held_out, classes, None), options.skip_bad),
+        train=Split("train", _files(train, classes, options.limit), options.skip_bad),
+        test=Split("test", _files(test, classes, None), options.skip_bad),
         preprocessing=Preprocessing(
             channels=3,
             size=size,
@@ -100,40 +119,35 @@ def imagefolder(options: DataOptions) -> ImageData:
     )
 
 
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _class_names(listing: Listing) -> list[str]:
+    names = [folder for folder in listing.folders if folder and "/" not in folder]
     if not names:
         raise UserError(
-            f"{folder} has no class folders: expected {folder}/<class>/<images>; "
+            f"{listing.root} has no class folders: expected {listing.root}/<class>/<images>; "
             "put each class's images in a folder of its own"
         )
     return names
 
 
-def _files(root: Path, split: str, classes: Sequence[str], limit: int | None) -> FileSet:
-    """List a split, the first image of every class ahead of the second of any.
+def _files(listing: Listing, classes: Sequence[str], limit: int | None) -> FileSet:
+    """Order a split, the first image of every class ahead of the second of any.
 
     So that `limit` leaves all classes in, and evaluation cut short has seen them all.
     """
-    found: list[tuple[int, int, Path]] = []
-    for label, name in enumerate(classes):
-        folder = root / split / name
-        files = _images_in(folder)
-        if not files and (folder.is_dir() or split == "train"):
+    numbers = {name: number for number, name in enumerate(classes)}
+    own = [numbers.get(folder.partition("/")[0], -1) for folder in listing.folders]
+    label = np.array(own, np.int32)[listing.holder]
+    counts = np.bincount(label[label >= 0], minlength=len(classes))
+    for name in _class_names(listing):
+        if not counts[numbers[name]]:
             raise UserError(
-                f"{folder} has no images: expected files ending in {', '.join(_ENDINGS)}; "
-                "add some, or remove the folder"
+                f"{listing.root / name} has no images: expected files ending in "
+                f"{', '.join(ENDINGS)}; add some, or remove the folder"
             )
-        found += [(turn, label, file) for turn, file in enumerate(files)]
-    found = sorted(found)[:limit]
-    return FileSet(root, [file for _, _, file in found], [label for _, label, _ in found])
-
-
-def _images_in(folder: Path) -> list[Path]:
-    # Names that start with a dot are what file systems leave beside pictures ("._a.jpg").
-    return sorted(
-        Path(where, file)
-        for where, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(_ENDINGS) and not file.startswith(".")
-    )
+    # Files of a class lie together in a listing: its n-th file is n after its first.
+    chosen = np.flatnonzero(label >= 0)  # files beside the class folders belong to none
+    label = label[chosen]
+    firsts = np.flatnonzero(np.diff(label, prepend=-1))
+    turn = np.arange(len(label)) - np.repeat(firsts, np.diff(firsts, append=len(label)))
+    order = chosen[np.lexsort((label, turn))[:limit]]
+    return FileSet(listing, own, order.astype(np.int32))

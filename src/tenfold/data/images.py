@@ -10,7 +10,9 @@ from tenfold.data.base import ImageSet
 from tenfold.data.loader import FittedImages, ImageLoader, make_loader
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
-from tenfold.data.transforms import resolve
+from tenfold.data.stream import StreamSplit
+from tenfold.data.stream_loader import StreamLoader, make_stream_loader
+from tenfold.data.transforms import Augmentation, resolve
 from tenfold.errors import UserError
 
 __all__ = ["ImageData"]
@@ -20,21 +22,19 @@ class ImageData:
     """Images to train on, held-out images to evaluate on, and the facts about them.
 
     `create` builds it; build it yourself for a set of your own. Batches are dicts: `image` uint8
-    `(B, C, H, W)`, `label` int64 `(B,)`, `id` int64 `(B,)`, the index in `train` or `test`.
+    `(B, C, H, W)`, `label` int64 `(B,)`, `id` int64 `(B,)`, the index in `train` or `test`, or the
+    position in a stream.
 
     Args:
         name: of the data set.
         classes: their names, by label.
-        train: the images to train on.
-        test: the held-out images.
+        train: the images to train on; a `StreamSplit` is read while training.
+        test: the held-out images, likewise.
         preprocessing: size, mean and so on of the network's input.
         default_augment: what `augment="auto"` means.
         workers: default number of loader processes; None: as `train_loader` says.
 
     Attributes:
-        train, test: the sets, indexed by id. With `skip_bad` they still have the images that can't
-            be read, so that ids don't shift.
-        train_ids, test_ids: int64, the ids that the loaders visit: all but the skipped ones.
         skipped: names of the images left out.
     """
 
@@ -43,14 +43,14 @@ class ImageData:
         *,
         name: str,
         classes: Sequence[str],
-        train: ImageSet | Split,
-        test: ImageSet | Split,
+        train: ImageSet | Split | StreamSplit,
+        test: ImageSet | Split | StreamSplit,
         preprocessing: Preprocessing,
         default_augment: str = "none",
         workers: int | None = None,
     ) -> None:
-        self._train = train if isinstance(train, Split) else Split("train", train)
-        self._test = test if isinstance(test, Split) else Split("test", test)
+        self._train = train if isinstance(train, Split | StreamSplit) else Split("train", train)
+        self._test = test if isinstance(test, Split | StreamSplit) else Split("test", test)
         self.name = name
         self.classes = list(classes)
         self.num_classes = len(self.classes)
@@ -59,15 +59,46 @@ class ImageData:
         self.mean = preprocessing.mean
         self.std = preprocessing.std
         self.default_augment = default_augment
-        self.train: ImageSet = self._train.images
-        self.test: ImageSet = self._test.images
-        self.train_ids: Tensor = self._train.ids
-        self.test_ids: Tensor = self._test.ids
         self.skipped: list[str] = self._train.skipped + self._test.skipped
         self._facts = preprocessing
         self._workers = workers
-        self._fitted_train = FittedImages(self.train, preprocessing)
-        self._fitted_test = FittedImages(self.test, preprocessing)
+        self._fitted_train, self._fitted_test = (
+            None if isinstance(part, StreamSplit) else FittedImages(part.images, preprocessing)
+            for part in (self._train, self._test)
+        )
+
+    @property
+    def train(self) -> ImageSet:
+        """The training images by id, with those that `skip_bad` leaves out: ids don't shift."""
+        return self._indexed(self._train).images
+
+    @property
+    def test(self) -> ImageSet:
+        """The held-out images by id, likewise."""
+        return self._indexed(self._test).images
+
+    @property
+    def train_ids(self) -> Tensor:
+        """The training ids that the loader visits, all but the skipped ones: int64, ascending."""
+        return self._indexed(self._train).ids
+
+    @property
+    def test_ids(self) -> Tensor:
+        """The held-out ids that the loader visits, likewise."""
+        return self._indexed(self._test).ids
+
+    @property
+    def train_size(self) -> int:
+        """How many training images make an epoch, of all ranks together."""
+        return self._train.size
+
+    def _indexed(self, part: Split | StreamSplit) -> Split:
+        if isinstance(part, StreamSplit):
+            raise UserError(
+                f"the {part.title} images of {self.name} are a stream: expected images that can be "
+                "picked by id; set data.streaming false"
+            )
+        return part
 
     def train_loader(
         self,
@@ -78,7 +109,7 @@ class ImageData:
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
-    ) -> ImageLoader:
+    ) -> ImageLoader | StreamLoader:
         """Return shuffled, augmented batches of the training images.
 
         Call `loader.sampler.set_epoch(epoch)` ahead of each epoch (Lightning does it by itself, but
@@ -96,34 +127,34 @@ class ImageData:
         Raises:
             UserError: an argument is out of range or unknown; while iterating, an unreadable image.
         """
-        return make_loader(
+        return self._loader(
             self._train,
             self._fitted_train,
             resolve(augment, self.default_augment),
-            batch_size=_at_least("batch_size", batch_size, 1),
+            batch_size=batch_size,
             seed=_whole("seed", seed),
             rank=rank,
             world_size=world_size,
-            workers=self._processes(workers),
+            workers=workers,
         )
 
     def test_loader(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int | None = None
-    ) -> ImageLoader:
+    ) -> ImageLoader | StreamLoader:
         """Return batches of the held-out images in order; no rank sees an image twice.
 
         Raises:
             UserError: an argument is out of range; while iterating, an unreadable image.
         """
-        return make_loader(
+        return self._loader(
             self._test,
             self._fitted_test,
             None,
-            batch_size=_at_least("batch_size", batch_size, 1),
+            batch_size=batch_size,
             seed=0,
             rank=rank,
             world_size=world_size,
-            workers=self._processes(workers),
+            workers=workers,
         )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -138,9 +169,43 @@ class ImageData:
         """Return what `load_image` and `normalize` need, JSON-able, for the artifact."""
         return self._facts.to_dict()
 
-    def _processes(self, workers: int | None) -> int | None:
+    def _loader(
+        self,
+        part: Split | StreamSplit,
+        fitted: FittedImages | None,
+        augmentation: Augmentation | None,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        workers: int | None,
+    ) -> ImageLoader | StreamLoader:
+        _at_least("batch_size", batch_size, 1)
         workers = self._workers if workers is None else workers
-        return None if workers is None else _at_least("workers", workers, 0)
+        if workers is not None:
+            _at_least("workers", workers, 0)
+        if isinstance(part, StreamSplit):
+            return make_stream_loader(
+                part,
+                self._facts,
+                augmentation,
+                batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                workers=workers,
+            )
+        return make_loader(
+            part,
+            fitted or FittedImages(part.images, self._facts),
+            augmentation,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+        )
 
 
 def _whole(name: str, value: int) -> int:

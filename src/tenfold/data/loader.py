@@ -17,7 +17,7 @@ from tenfold.data.decode import BadImage
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.sampler import EpochSampler
 from tenfold.data.split import Split, cpu_count
-from tenfold.data.transforms import Augmentation, SampleTransform, shift_and_flip
+from tenfold.data.transforms import Augmentation, BatchTransform
 
 __all__ = ["Batch", "FittedImages", "ImageLoader", "make_loader"]
 
@@ -88,10 +88,10 @@ class _Batches(Dataset[Any]):
     ) -> None:
         self.split = split
         self.fitted = fitted
-        self.seed = seed
-        self.augmentation = augmentation or Augmentation("none")
         self.labels = split.labels
-        self.per_sample = SampleTransform(self.augmentation, fitted.facts.size)
+        self.transform = BatchTransform(
+            augmentation or Augmentation("none"), fitted.facts.size, seed
+        )
 
     def __len__(self) -> int:
         return len(self.split.images)
@@ -109,22 +109,13 @@ class _Batches(Dataset[Any]):
     def _batch(self, keys: list[int]) -> Batch:
         epochs, ids = np.divmod(np.array(keys, dtype=np.int64), len(self))
         chosen = torch.from_numpy(ids)
-        images = self._augmented(chosen, epochs, ids)
+        images = self.transform(
+            epochs,
+            ids,
+            stored=lambda number: self.split.images.image(int(ids[number])),
+            fitted=lambda: self.fitted.batch(chosen),
+        )
         return {"image": images, "label": self.labels[chosen], "id": chosen}
-
-    def _augmented(self, chosen: Tensor, epochs: Any, ids: Any) -> Tensor:
-        todo = self.augmentation
-        draws = list(zip(epochs.tolist(), ids.tolist(), strict=True))
-        if todo.resized_crop:
-            stored = self.split.images.image
-            return torch.stack([self.per_sample(stored(i), self.seed, e, i) for e, i in draws])
-        images = self.fitted.batch(chosen)
-        if todo.shift:
-            images = shift_and_flip(images, self.seed, epochs, ids, todo.flip)
-        if todo.policy:
-            pairs = zip(images, draws, strict=True)
-            images = torch.stack([self.per_sample(x, self.seed, e, i) for x, (e, i) in pairs])
-        return images
 
 
 class ImageLoader(DataLoader[Any]):

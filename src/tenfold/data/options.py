@@ -11,6 +11,9 @@ from tenfold.errors import UserError, unknown_name
 
 __all__ = ["DataOptions"]
 
+_TEXTS = ("config", "train_split", "test_split", "image_column", "label_column")
+_STREAMING = ("samples", "buffer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -25,6 +28,15 @@ class DataOptions:
         limit: use only the first so many training images.
         mean: per channel, of images scaled to 0..1; None: the set's own.
         std: likewise.
+        config: hf: the configuration, for sets that have several.
+        train_split: hf: the split to train on, by default train; slices such as train[:90%] too.
+        test_split: hf: the held-out split, by default test, validation or val.
+        image_column: hf: by default the first column of images.
+        label_column: hf: by default the first column of named classes.
+        classes: hf: the classes' names, or how many there are; for labels without names.
+        streaming: hf: read while training, for sets that don't fit on the disk.
+        samples: streaming: the number of training images, where the set doesn't say it.
+        buffer: streaming: each reader shuffles among so many images; None: 1,000.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -38,22 +50,42 @@ class DataOptions:
     limit: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    classes: tuple[str, ...] | None = None
+    streaming: bool = False
+    samples: int | None = None
+    buffer: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
-            "name": _text(self.name),
+            "name": _name(self.name),
             "path": _path(self.path),
             "size": _size(self.size),
-            "skip_bad": _truth(self.skip_bad),
+            "skip_bad": _truth("skip_bad", self.skip_bad),
             "workers": _whole("workers", self.workers, 0),
             "limit": _whole("limit", self.limit, 1),
             "mean": _numbers("mean", self.mean),
             "std": _numbers("std", self.std),
+            **{name: _text(name, getattr(self, name)) for name in _TEXTS},
+            "classes": _classes(self.classes),
+            "streaming": _truth("streaming", self.streaming),
+            "samples": _whole("samples", self.samples, 1),
+            "buffer": _whole("buffer", self.buffer, 1),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.std is not None and min(self.std) <= 0:
             raise _wrong("std", list(self.std), "numbers above 0")
+        for name in (*_TEXTS, "classes", "streaming", *_STREAMING):
+            if getattr(self, name) and self.name != "hf":
+                raise _wrong(name, getattr(self, name), f"it only for hf data, not for {self.name}")
+        for name in _STREAMING:
+            if getattr(self, name) and not self.streaming:
+                raise _wrong(name, getattr(self, name), "it only beside streaming: true")
 
     @classmethod
     def parse(cls, spec: str | Mapping[str, object]) -> DataOptions:
@@ -71,7 +103,7 @@ class DataOptions:
         for key in given:
             if key not in known:
                 raise unknown_name("option of data", str(key), known)
-        name, colon, path = _text(given.get("name")).partition(":")
+        name, colon, path = _name(given.get("name")).partition(":")
         if colon and given.get("path") is not None:
             raise _wrong("data.name", given["name"], "the path once: in the name or as path")
         if colon:
@@ -99,7 +131,7 @@ def _wrong(name: str, value: object, expected: str) -> UserError:
     return UserError(f"{name} is {value!r}: expected {expected}; correct it in the recipe")
 
 
-def _text(value: object) -> str:
+def _name(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise _wrong("name", value, "the name of a data set, such as digits")
     return value
@@ -113,10 +145,27 @@ def _path(value: object) -> Path | None:
     return Path(os.fsdecode(value)).expanduser()
 
 
-def _truth(value: object) -> bool:
+def _truth(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _wrong("skip_bad", value, "true or false")
+        raise _wrong(name, value, "true or false")
     return value
+
+
+def _text(name: str, value: object) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise _wrong(name, value, "a name")
+    return value
+
+
+def _classes(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return tuple(str(number) for number in range(value))
+    names = list(value) if isinstance(value, list | tuple) else []
+    if not names or not all(isinstance(n, str) for n in names) or len({*names}) < len(names):
+        raise _wrong("classes", value, "how many there are, or a list of their names, each once")
+    return tuple(names)
 
 
 def _whole(name: str, value: object, least: int) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from tenfold.data.cifar import cifar10, cifar100
 from tenfold.data.digits import digits
 from tenfold.data.folder import imagefolder
+from tenfold.data.huggingface import huggingface
 from tenfold.data.images import ImageData
 from tenfold.data.npz import npz
 from tenfold.data.options import DataOptions
@@ -20,6 +21,7 @@ _SETS: dict[str, tuple[str, Callable[[DataOptions], ImageData]]] = {
     "cifar100": ("60,000 photos, 32x32, 100 classes; downloaded on first use", cifar100),
     "imagefolder": ("your image files: imagefolder:PATH with {train,val}/<class>/*", imagefolder),
     "npz": ("your images packed: npz:PATH with train.npz and test.npz", npz),
+    "hf": ("Hugging Face datasets: hf:NAME on the Hub, or hf:PATH of parquet files", huggingface),
 }
 
 

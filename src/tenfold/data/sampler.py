@@ -11,7 +11,22 @@ from torch.utils.data import Sampler
 from tenfold.data.randomness import mix_one
 from tenfold.errors import UserError
 
-__all__ = ["EpochSampler"]
+__all__ = ["EpochSampler", "check_epoch", "check_rank"]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuse a rank that there can't be."""
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise UserError(
+            f"rank {rank} of {world_size}: expected 0 <= rank < world_size; "
+            "give this process's own rank"
+        )
+
+
+def check_epoch(epoch: int) -> None:
+    """Refuse an epoch that there can't be."""
+    if epoch < 0:
+        raise UserError(f"epoch {epoch}: expected 0 or more; count epochs from 0")
 
 
 class EpochSampler(Sampler[int]):
@@ -46,11 +61,7 @@ class EpochSampler(Sampler[int]):
         world_size: int = 1,
         ids: Tensor | None = None,
     ) -> None:
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise UserError(
-                f"rank {rank} of {world_size}: expected 0 <= rank < world_size; "
-                "give this process's own rank"
-            )
+        check_rank(rank, world_size)
         self.n = n
         self.seed = seed
         self.shuffle = shuffle
@@ -78,8 +89,7 @@ class EpochSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
-        if epoch < 0:
-            raise UserError(f"epoch {epoch}: expected 0 or more; count epochs from 0")
+        check_epoch(epoch)
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -94,4 +104,7 @@ class EpochSampler(Sampler[int]):
             order = order[torch.randperm(len(order), generator=generator)]
             order = order[torch.arange(len(self) * self.world_size) % len(order)]
         first_key = self.epoch * self.n
-        yield from (order[self.rank :: self.world_size] + first_key).tolist()
+        # In pieces: as Python's numbers, a million keys at once would take 40 MB for all the epoch.
+        keys = order[self.rank :: self.world_size] + first_key
+        for first in range(0, len(keys), 4096):
+            yield from keys[first : first + 4096].tolist()

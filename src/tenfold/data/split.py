@@ -43,14 +43,20 @@ class Split:
         self.images = images
         self.ids: Tensor = torch.arange(len(images))
         self.skipped: list[str] = []
-        fingerprint = images.fingerprint()
-        if skip_bad and fingerprint is not None:
+        # Asked for only where it is needed: it may look at every file.
+        fingerprint = images.fingerprint() if skip_bad else None
+        if fingerprint is not None:
             self._skip_bad(fingerprint)
+
+    @property
+    def size(self) -> int:
+        """How many images are used."""
+        return len(self.ids)
 
     @property
     def labels(self) -> Tensor:
         """The class of every id, used or not: int64 `(N,)`."""
-        return torch.tensor([self.images.label(i) for i in range(len(self.images))])
+        return self.images.labels()
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:

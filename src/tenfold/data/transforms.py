@@ -22,7 +22,7 @@ from tenfold.errors import unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Augmentation", "augmentations", "resolve"]
+__all__ = ["Augmentation", "BatchTransform", "augmentations", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,44 @@ class SampleTransform:
         if self.augmentation.policy:
             steps.append(v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR))
         return cast("Callable[[Tensor], Tensor]", v2.Compose(steps))
+
+
+class BatchTransform:
+    """An augmentation for a batch, whichever way its images come.
+
+    Args:
+        augmentation: what to do.
+        size: (H, W) of the result.
+        seed: the run's seed.
+    """
+
+    def __init__(self, augmentation: Augmentation, size: tuple[int, int], seed: int) -> None:
+        self.augmentation = augmentation
+        self.seed = seed
+        self._sample = SampleTransform(augmentation, size)
+
+    def __call__(
+        self,
+        epochs: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        stored: Callable[[int], Tensor],
+        fitted: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return uint8 `(B, C, H, W)`; only the seed and each image's epoch and id decide.
+
+        Args:
+            epochs: `(B,)`.
+            ids: `(B,)`.
+            stored: gives the batch's image of that number as it is stored.
+            fitted: gives the batch resized and cropped, `(B, C, H, W)`; not changed.
+        """
+        todo = self.augmentation
+        draws = list(enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)))
+        if todo.resized_crop:
+            return torch.stack([self._sample(stored(k), self.seed, e, i) for k, (e, i) in draws])
+        images = fitted()
+        if todo.shift:
+            images = shift_and_flip(images, self.seed, epochs, ids, todo.flip)
+        if todo.policy:
+            images = torch.stack([self._sample(images[k], self.seed, e, i) for k, (e, i) in draws])
+        return images

@@ -34,6 +34,7 @@ from tenfold.measure.runners import (
     OnnxModel,
     OpenVinoModel,
     load_openvino,
+    openvino_core,
 )
 
 __all__ = ["Check", "ExportResult", "export"]
@@ -174,7 +175,7 @@ def _write_openvino(onnx_file: Path, draft: Path, metadata: Mapping[str, Any] | 
     openvino = load_openvino()
     try:
         with quiet():
-            converted = openvino.Core().read_model(str(onnx_file))
+            converted = openvino_core().read_model(str(onnx_file))
             text = metadata_text(metadata)
             if text is not None:
                 converted.set_rt_info(text, [METADATA_KEY])

@@ -235,9 +235,9 @@ def _onnxruntime_providers() -> tuple[str, ...]:
 
 
 def _openvino_devices() -> tuple[str, ...]:
-    from tenfold.measure.runners import load_openvino
+    from tenfold.measure.runners import openvino_core
 
-    return tuple(load_openvino().Core().available_devices)
+    return tuple(openvino_core().available_devices)
 
 
 def _gpus() -> tuple[Gpu, ...]:

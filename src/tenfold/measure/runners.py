@@ -6,6 +6,7 @@ Both take tensors or arrays and return tensors. `threads` is the number of threa
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.measure.quiet import quiet, reason
 
-__all__ = ["METADATA_KEY", "OnnxModel", "OpenVinoModel", "load_openvino"]
+__all__ = ["METADATA_KEY", "OnnxModel", "OpenVinoModel", "load_openvino", "openvino_core"]
 
 METADATA_KEY = "tenfold"
 
@@ -45,6 +46,18 @@ def load_openvino() -> Any:
         else:
             sys.modules[hidden] = before
     return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the one OpenVINO `Core` of this process.
+
+    A core's CPU plugin puts a signal stack of its own in place, and its end puts the one before
+    back. With two cores of which the older ends first, the stack that comes back is the older
+    one's, which is freed: the next signal that Python handles (Ctrl+C, a data worker that ends)
+    would then kill the process.
+    """
+    return load_openvino().Core()
 
 
 class OnnxModel:
@@ -133,7 +146,6 @@ class OpenVinoModel:
                 f"{self.path} can't be run by OpenVINO: the name ends in "
                 f"{self.path.suffix or 'nothing'}; expected .xml or .onnx"
             )
-        openvino = load_openvino()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Some CPUs would silently compute in bfloat16.
@@ -145,7 +157,7 @@ class OpenVinoModel:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
             with quiet():
-                core = openvino.Core()
+                core = openvino_core()
                 model = core.read_model(str(self.path))
                 if batch is not None:
                     shapes = {port: port.get_partial_shape() for port in model.inputs}

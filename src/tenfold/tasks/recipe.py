@@ -92,8 +92,8 @@ class Recipe:
 
     Args:
         task: what to learn: classification.
-        data: digits, cifar10, cifar100, imagefolder:PATH, npz:PATH; or a mapping of name, path and
-            options (size, limit, skip_bad, workers).
+        data: digits, cifar10, cifar100, imagefolder:PATH, npz:PATH, hf:NAME; or a mapping of name,
+            path and options (size, limit, skip_bad, workers and more).
         model: timm/NAME, torchvision/NAME, resnet20 and so on, or file.py:function; or a mapping of
             name and the network's own arguments.
         init: where to start: pretrained, a run, an artifact, or a .safetensors or .pth file.

@@ -193,7 +193,7 @@ def _build(
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     sizes = epoch_sizes(
-        len(experiment.data.train_ids),
+        experiment.data.train_size,
         recipe.train,
         experiment.methods,
         trainer.world_size,

@@ -250,7 +250,7 @@ def _try_the_rest(experiment: Experiment) -> None:
     experiment.data.train_loader(
         batch_size=train.batch_size, seed=experiment.recipe.seed, augment=train.augment, workers=0
     )
-    sizes = epoch_sizes(len(experiment.data.train_ids), train, methods)
+    sizes = epoch_sizes(experiment.data.train_size, train, methods)
     for method in methods:
         method.check_schedule(Schedule(sum(sizes), sizes))
 
