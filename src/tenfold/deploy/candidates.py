@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def pack(layer: Layer, precision: str) -> PackedLayer:
     return NMLinear.from_dense(layer.module, *layer.pattern, precision, layer.name)
 
 
-def replace_layers(network: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+def replace_layers(network: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """Put modules into a network in place, by name; the empty name is the network itself."""
     for name, module in replacements.items():
         if not name:

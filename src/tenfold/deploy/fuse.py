@@ -142,8 +142,10 @@ def _idle(node: fx.Node, graph: fx.GraphModule) -> bool:
     name = getattr(node.target, "__name__", "")
     if node.op != "call_function" or not (
         name == "stochastic_depth"
-        or (name.endswith("dropout") or name.startswith("dropout"))
-        and getattr(F, name, None) is node.target
+        or (
+            (name.endswith("dropout") or name.startswith("dropout"))
+            and getattr(F, name, None) is node.target
+        )
     ):
         return False
     try:

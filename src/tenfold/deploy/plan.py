@@ -105,7 +105,7 @@ class OptimizePlan:
 
     def __str__(self) -> str:
         rows = [["layer", "kind", "pattern", "input", "dense ms", "packed ms", "chosen", "fused"]]
-        notes = []
+        notes: dict[str, list[str]] = {}
         for row in self.layers:
             rows.append(
                 [
@@ -120,7 +120,7 @@ class OptimizePlan:
                 ]
             )
             if row.reason is not None and row.pattern is not None:
-                notes.append(f"{row.layer}: {row.reason}")
+                notes.setdefault(row.reason, []).append(row.layer)
         parts = [columns(rows)] if self.layers else []
         lines = [
             f"{len(self.packed)} of {len(self.layers)} layers packed; precision {self.precision}; "
@@ -133,9 +133,14 @@ class OptimizePlan:
             times = (f"{name} {_ms(value)} ms" for name, value in self.network_ms.items())
             lines.append(f"whole network: {', '.join(times)}")
         lines += [self.reason] if self.reason else []
-        lines += notes
+        lines += [f"dense, {why}: {_names(layers)}" for why, layers in notes.items()]
         wrapped = [textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines]
         return "\n\n".join([*parts, "\n".join(wrapped)])
+
+
+def _names(layers: list[str], most: int = 5) -> str:
+    more = len(layers) - most
+    return ", ".join(layers[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _ms(value: float | None) -> str:

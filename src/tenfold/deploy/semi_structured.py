@@ -7,7 +7,8 @@ is how its blocks are made; `F.unfold` orders (channel, ky, kx), hence the permu
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,19 @@ from torch import Tensor, nn
 
 from tenfold.errors import UserError
 from tenfold.nn.blocks import to_blocks
+from tenfold.nn.packed import fixed_padding
 
 __all__ = [
-    "SemiStructuredConv2d", "SemiStructuredLinear", "columns", "compress", "matrix", "unfit",
-]  # fmt: skip
+    "SemiStructuredConv2d",
+    "SemiStructuredLayer",
+    "SemiStructuredLinear",
+    "Sizes",
+    "columns",
+    "compress",
+    "matrix",
+    "missing",
+    "unfit",
+]
 
 DTYPES = (torch.float16, torch.bfloat16)
 # What both libraries behind PyTorch's operator (CUTLASS, cuSPARSELt) take.
@@ -31,20 +41,47 @@ def matrix(weight: Tensor) -> Tensor:
     return weight.detach().movedim(1, -1).reshape(weight.shape[0], -1).contiguous()
 
 
-def columns(x: Tensor, layer: nn.Conv2d, padding: tuple[int, int]) -> Tensor:
+@dataclass(frozen=True)
+class Sizes:
+    """Those of a convolution of one group, in height and width."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Self:
+        """Read them from a layer; padding that is no number raises a UserError."""
+        return cls(
+            _pair(layer.kernel_size), _pair(layer.stride), fixed_padding(layer),
+            _pair(layer.dilation),
+        )  # fmt: skip
+
+    def output(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the result."""
+        first, second = (
+            (size + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i, size in enumerate((height, width))
+        )
+        return first, second
+
+
+def columns(x: Tensor, sizes: Sizes) -> Tensor:
     """Return what each output pixel sees, `(B * OH * OW, kH * kW * C)`, in the order of `matrix`.
 
     Args:
         x: `(B, C, H, W)`.
-        layer: the convolution, for its sizes.
-        padding: zeros at every side.
+        sizes: of the convolution.
     """
     channels = x.shape[1]
-    if tuple(layer.kernel_size) == (1, 1) and padding == (0, 0):
-        pixels = x[:, :, :: layer.stride[0], :: layer.stride[1]]
+    if sizes.kernel_size == (1, 1) and sizes.padding == (0, 0):
+        pixels = x[:, :, :: sizes.stride[0], :: sizes.stride[1]]
         return pixels.permute(0, 2, 3, 1).reshape(-1, channels)
-    seen = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    positions = layer.kernel_size[0] * layer.kernel_size[1]
+    seen = F.unfold(x, sizes.kernel_size, sizes.dilation, sizes.padding, sizes.stride)
+    positions = sizes.kernel_size[0] * sizes.kernel_size[1]
     by_channel = seen.reshape(x.shape[0], channels, positions, -1)
     return by_channel.permute(0, 3, 2, 1).reshape(-1, positions * channels)
 
@@ -64,6 +101,13 @@ def unfit(layer: nn.Conv2d | nn.Linear) -> str | None:
     return None
 
 
+def missing(device: torch.device) -> str | None:
+    """Say why a CUDA device can't run 2:4 layers, or None."""
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no 2:4 tensor cores"
+    return None
+
+
 def compress(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     """Return a layer with its weight compressed for the GPU that it is on.
 
@@ -73,8 +117,8 @@ def compress(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     why = unfit(layer)
     if why is None and not layer.weight.is_cuda:
         why = f"it is on {layer.weight.device}: move the model to a GPU first"
-    if why is None and torch.cuda.get_device_capability(layer.weight.device) < CAPABILITY:
-        why = "this GPU has no 2:4 tensor cores"
+    if why is None:
+        why = missing(layer.weight.device)
     if why is not None:
         raise UserError(f"{type(layer).__name__} can't be compressed: {why}")
     try:
@@ -86,7 +130,7 @@ def compress(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     return SemiStructuredLinear(layer, compressed)
 
 
-class _SemiStructured(nn.Module):
+class SemiStructuredLayer(nn.Module):
     """Holds the compressed matrix beside the module's state: it belongs to one GPU."""
 
     bias: Tensor | None
@@ -105,7 +149,7 @@ class _SemiStructured(nn.Module):
         return copied
 
 
-class SemiStructuredLinear(_SemiStructured):
+class SemiStructuredLinear(SemiStructuredLayer):
     """A linear layer with a compressed weight.
 
     Args:
@@ -119,7 +163,7 @@ class SemiStructuredLinear(_SemiStructured):
         return rows.reshape(*x.shape[:-1], -1)
 
 
-class SemiStructuredConv2d(_SemiStructured):
+class SemiStructuredConv2d(SemiStructuredLayer):
     """A convolution of one group as a product with a compressed matrix.
 
     Args:
@@ -129,20 +173,15 @@ class SemiStructuredConv2d(_SemiStructured):
 
     def __init__(self, layer: nn.Conv2d, weight: Tensor) -> None:
         super().__init__(layer, weight)
-        from tenfold.nn.packed import fixed_padding
-
-        self.padding = fixed_padding(layer)
-        self.sizes = nn.Conv2d(
-            layer.in_channels, layer.out_channels, _pair(layer.kernel_size),
-            _pair(layer.stride), 0, _pair(layer.dilation), device="meta",
-        ).requires_grad_(False)  # fmt: skip
+        self.sizes = Sizes.of(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, O, OH, OW)`, channels last."""
-        height, width = (
-            (x.shape[2 + i] + 2 * self.padding[i] - self.sizes.dilation[i] * (self.sizes.kernel_size[i] - 1) - 1)
-            // self.sizes.stride[i] + 1
-            for i in (0, 1)
-        )  # fmt: skip
-        rows = F.linear(columns(x, self.sizes, self.padding), self.compressed, self.bias)
+        height, width = self.sizes.output(x.shape[2], x.shape[3])
+        rows = F.linear(columns(x, self.sizes), self.compressed, self.bias)
         return rows.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+def _pair(given: Any) -> tuple[int, int]:
+    first, second = given
+    return int(first), int(second)

@@ -21,7 +21,7 @@ from tenfold.errors import StateError, UserError, unknown_name
 from tenfold.kernels import nm
 from tenfold.kernels.reference import dense_rows
 
-__all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer", "unpackable"]
+__all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer", "fixed_padding", "unpackable"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -172,9 +172,7 @@ class NMLinear(PackedLayer):
     ) -> Self:
         """Return an unfilled layer of the sizes of a dense one."""
         has_bias = layer.bias is not None if bias is None else bias
-        return cls(
-            layer.in_features, layer.out_features, n, m, bias=has_bias, precision=precision
-        )
+        return cls(layer.in_features, layer.out_features, n, m, bias=has_bias, precision=precision)
 
     @classmethod
     def from_dense(
@@ -219,6 +217,7 @@ class NMLinear(PackedLayer):
         return _finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
 
     def extra_repr(self) -> str:
+        """Return what the printed layer says in brackets."""
         return f"{self.in_features}, {self.out_features}, {self._described()}"
 
 
@@ -262,7 +261,9 @@ class NMConv2d(PackedLayer):
         inside = in_channels // groups
         if m < 1 or inside % m:
             raise UserError(f"{inside} input channels a group don't divide into blocks of {m}")
-        super().__init__(out_channels, kernel_size[0] * kernel_size[1] * inside, n, m, bias, precision)
+        super().__init__(
+            out_channels, kernel_size[0] * kernel_size[1] * inside, n, m, bias, precision
+        )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.groups = padding, groups
@@ -276,9 +277,6 @@ class NMConv2d(PackedLayer):
         Raises:
             UserError: padding that a packed layer doesn't have.
         """
-        padding = _padding(layer)
-        if isinstance(padding, str):
-            raise UserError(padding)
         return cls(
             layer.in_channels,
             layer.out_channels,
@@ -286,7 +284,7 @@ class NMConv2d(PackedLayer):
             n,
             m,
             stride=_pair(layer.stride),
-            padding=padding,
+            padding=fixed_padding(layer),
             dilation=_pair(layer.dilation),
             groups=layer.groups,
             bias=layer.bias is not None if bias is None else bias,
@@ -351,6 +349,7 @@ class NMConv2d(PackedLayer):
         return _finish(run, x, add, shape, self.activation)
 
     def extra_repr(self) -> str:
+        """Return what the printed layer says in brackets."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         for name, usual in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
             if getattr(self, name) != usual:
@@ -378,6 +377,21 @@ def unpackable(layer: nn.Module) -> str | None:
         return f"its weight is {layer.weight.dtype}"
     padding = _padding(layer) if isinstance(layer, nn.Conv2d) else None
     return padding if isinstance(padding, str) else None
+
+
+def fixed_padding(layer: nn.Conv2d) -> tuple[int, int]:
+    """Return the zeros that a convolution puts at every side, in height and width.
+
+    Raises:
+        UserError: padding that can't be said in two numbers, or isn't of zeros.
+
+    >>> fixed_padding(nn.Conv2d(1, 1, (3, 5), padding="same"))
+    (1, 2)
+    """
+    padding = _padding(layer)
+    if isinstance(padding, str):
+        raise UserError(padding)
+    return padding
 
 
 def _hooked(layer: nn.Module) -> bool:
