@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from tenfold.deploy.fuse import Epilogue, apply_epilogues
 from tenfold.deploy.plan import OptimizePlan
+from tenfold.errors import unknown_name
 
-__all__ = ["MEMORY_FORMATS", "OptimizedModel", "in_memory_format", "largest_difference"]
+__all__ = ["MEMORY_FORMATS", "OptimizedModel", "in_memory_format", "largest_difference", "reopen"]
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -54,6 +58,41 @@ class OptimizedModel(nn.Module):
             f"OptimizedModel({type(self.network).__name__}, {packed} of {layers} layers packed, "
             f"precision={self.plan.precision}); see .plan"
         )
+
+
+def reopen(
+    network: nn.Module,
+    plan: OptimizePlan,
+    edits: Sequence[Mapping[str, Any]],
+    epilogues: Mapping[str, Epilogue],
+) -> OptimizedModel:
+    """Return the optimized model that a network, edited and filled, was saved from.
+
+    Where this version of its code leads to another graph, it is run without fusion: the layers then
+    do the same one after the other, and the plan says so.
+
+    Args:
+        network: as `edits.replay` leaves it, with its weights.
+        plan: as it was saved.
+        edits: as they were saved.
+        epilogues: what packed layers shall do besides, by name.
+
+    Raises:
+        UserError: a plan with an unknown memory format.
+    """
+    if plan.memory_format not in MEMORY_FORMATS:
+        raise unknown_name("memory format", str(plan.memory_format), MEMORY_FORMATS)
+    network = in_memory_format(network.eval(), plan.memory_format)
+    if any(str(epilogue) for epilogue in epilogues.values()):
+        graph = apply_epilogues(network, epilogues, plan.inputs)
+        if graph is None:
+            why = "loaded without fusion: the network's code leads to another graph here"
+            rows = tuple(replace(row, fused=None) for row in plan.layers)
+            reason = f"{plan.reason}; {why}" if plan.reason else why
+            plan = replace(plan, layers=rows, reason=reason)
+        else:
+            network = graph
+    return OptimizedModel(network, plan, tuple(dict(edit) for edit in edits))
 
 
 def in_memory_format(network: nn.Module, name: str) -> nn.Module:
