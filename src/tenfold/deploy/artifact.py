@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.deploy.edits import EDITS, replay, to_indexes, to_places
+from tenfold.deploy.edits import EDITS, from_stored, replay, to_stored
 from tenfold.deploy.fuse import Epilogue
 from tenfold.deploy.optimized import OptimizedModel, reopen
 from tenfold.deploy.plan import OptimizePlan
@@ -230,14 +230,15 @@ def _as_network(network: Network | str | Mapping[str, Any] | None) -> Network:
 def _pack(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors: dict[str, Tensor] = {}
     edits: list[dict[str, Any]] = []
-    packed = {
-        f"{name}.index" if name else "index": module
+    layers = {
+        f"{name}." if name else "": module
         for name, module in model.named_modules()
         if isinstance(module, PackedLayer)
     }
+    for prefix, layer in layers.items():
+        tensors[f"{prefix}values"], tensors[f"{prefix}index"] = to_stored(layer)
     for key, value in model.state_dict().items():
-        if key in packed:
-            tensors[key] = to_places(value, packed[key].m)
+        if key in tensors:
             continue
         if not isinstance(value, Tensor):
             raise UserError(f"the model's state has {key}, which is no tensor: it can't be saved")
@@ -316,7 +317,7 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
             )
         prefix = f"{edit['module']}." if edit["module"] else ""
         if kind != PACKED:
-            _unpack_index(state, prefix, edit["arguments"])
+            _unpack_layer(state, prefix, edit["arguments"])
             continue
         key = f"{prefix}weight"
         arguments = edit["arguments"]
@@ -328,15 +329,15 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
     return state
 
 
-def _unpack_index(state: dict[str, Tensor], prefix: str, arguments: Mapping[str, Any]) -> None:
-    """Turn the stored places of a packed layer into its index; other edits store nothing."""
+def _unpack_layer(state: dict[str, Tensor], prefix: str, arguments: Mapping[str, Any]) -> None:
+    """Bring the weight of a packed layer into the kernels' layout; other edits store nothing."""
     if "n" not in arguments:
         return
-    try:
-        values, places = state[f"{prefix}values"], state[f"{prefix}index"]
-    except KeyError as error:
-        raise UserError(f"the artifact lacks {error} of a packed layer") from error
-    state[f"{prefix}index"] = to_indexes(places, values, arguments["n"], arguments["m"])
+    names = f"{prefix}values", f"{prefix}index"
+    if missing := [name for name in names if name not in state]:
+        raise UserError(f"the artifact lacks the packed weight {missing[0]}")
+    values, index = from_stored(state[names[0]], state[names[1]], arguments)
+    state[names[0]], state[names[1]] = values, index
 
 
 def _hash(structure: Mapping[str, Any], weights: Path) -> str:

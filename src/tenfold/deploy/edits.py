@@ -5,14 +5,14 @@ file can't name anything else:
 
     FoldedNorm   a BatchNorm module is gone
     Bias         a layer without a bias has one
-    NMConv2d     a convolution is packed: n, m, precision, bias, add, activation
+    NMConv2d     a convolution is packed: n, m, shape, precision, bias, add, activation
     NMLinear     the same of a linear layer
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
 from tenfold.deploy.fuse import Epilogue
 from tenfold.errors import UserError
-from tenfold.kernels.nm import ACTIVATIONS
-from tenfold.nn.bits import pack_bits, unpack_bits
+from tenfold.kernels import nm
 from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
+from tenfold.nn.packing import pack_nm, unpack_nm
 
-__all__ = ["EDITS", "describe_edits", "replay", "to_indexes", "to_places"]
+__all__ = ["EDITS", "describe_edits", "from_stored", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
 EDITS = ("FoldedNorm", "Bias", *_PACKED)
@@ -54,6 +54,7 @@ def describe_edits(
             arguments = {
                 "n": other.n,
                 "m": other.m,
+                "shape": list(other.shape),
                 "precision": other.precision,
                 "bias": other.bias is not None,
                 "add": epilogue.add,
@@ -106,33 +107,26 @@ def replay(
     return network, epilogues
 
 
-def to_places(index: Tensor, m: int) -> Tensor:
-    """Return a packed layer's index as places inside its blocks, in as few bits as they need."""
-    return pack_bits(index.cpu().to(torch.int64) % m, _bits(m))
+def to_stored(layer: PackedLayer) -> tuple[Tensor, Tensor]:
+    """Return a packed layer's values and places as files hold them, see `tenfold.nn.packing`.
+
+    The layout in memory is the kernels' own and may change; this one doesn't.
+    """
+    return pack_nm(layer.stored_weight().cpu(), layer.n, layer.m)
 
 
-def to_indexes(places: Tensor, values: Tensor, n: int, m: int) -> Tensor:
-    """Undo `to_places`.
-
-    Args:
-        places: what it returned.
-        values: `(O, S)`, the packed values.
-        n: kept weights a block.
-        m: block length.
+def from_stored(
+    values: Tensor, places: Tensor, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return what `to_stored` wrote in the layout of the kernels, as values and index.
 
     Raises:
-        UserError: sizes that don't agree, or more weights an output than an index can say.
+        UserError: sizes that don't agree, or a place outside its block.
     """
-    if values.dim() != 2 or places.dim() != 1 or places.dtype != torch.uint8:
-        raise UserError(
-            f"packed values {tuple(values.shape)} and places {tuple(places.shape)} of "
-            f"{places.dtype}: expected (O, S) and one row of bytes"
-        )
-    inside = unpack_bits(places, _bits(m), values.numel()).to(torch.int64).reshape(values.shape)
-    index = inside + torch.arange(values.shape[1]) // n * m
-    if index.numel() and int(index.max()) > torch.iinfo(torch.uint16).max:
-        raise UserError("an index of the packed weight exceeds 65,535")
-    return index.to(torch.uint16)
+    n, m, shape = arguments.get("n"), arguments.get("m"), arguments.get("shape")
+    if not (_is_size(n) and _is_size(m) and isinstance(shape, list) and all(map(_is_size, shape))):
+        raise UserError(f"a packed layer of the artifact has n={n!r}, m={m!r}, shape={shape!r}")
+    return nm.pack(unpack_nm(values, places, n, m, shape), n, m)
 
 
 def _packed(
@@ -154,8 +148,8 @@ def _packed(
 
 def _epilogue(name: str, arguments: Mapping[str, Any]) -> Epilogue:
     activation = arguments.get("activation", "none")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{name} has activation {activation!r}: known: {', '.join(ACTIVATIONS)}")
+    if activation not in nm.ACTIVATIONS:
+        raise UserError(f"{name} has activation {activation!r}: known: {', '.join(nm.ACTIVATIONS)}")
     return Epilogue(arguments.get("add") is True, activation)
 
 
@@ -171,5 +165,5 @@ def _edit(module: str, kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"module": module, "type": kind, "arguments": arguments}
 
 
-def _bits(m: int) -> int:
-    return (m - 1).bit_length()
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and value > 0

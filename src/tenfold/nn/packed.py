@@ -1,16 +1,17 @@
 """Convolutions and linear layers whose N:M weights are kept without their zeros, for inference.
 
-They compute `activation(W x + bias + add)` with the operators of `tenfold.kernels.nm`. All tensors
-are buffers, since such a layer isn't trained:
+They compute `activation(W x + bias + add)` with the operators of `tenfold.kernels.nm`, in whose
+layout `values` and `index` are. All tensors are buffers, since such a layer isn't trained:
 
-    values (O, S)  float32, bfloat16 or int8     scale (O,)  float32, with int8 alone
-    index  (O, S)  uint16                        bias  (O,)  float32, where there is one
+    values  float32, bfloat16 or int8     scale (O,)  float32, with int8 alone
+    index   where each value belongs      bias  (O,)  float32, where there is one
 
-`tenfold.optimize` puts them in the place of dense layers; see `tenfold.kernels.nm` for the layout.
+`tenfold.optimize` puts them in the place of dense layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import StateError, UserError, unknown_name
-from tenfold.kernels import nm
-from tenfold.kernels.reference import dense_rows
+from tenfold.kernels import nm, reference
 
 __all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer", "fixed_padding", "unpackable"]
 
@@ -30,15 +30,14 @@ class PackedLayer(nn.Module):
     """What `NMConv2d` and `NMLinear` have in common: the packed weight and what follows it.
 
     Args:
-        rows: outputs O.
-        k: weights an output, zeros included.
+        shape: of the dense weight.
         n: weights kept in a block.
         m: block length along the input channels.
         bias: whether there is one.
         precision: "float32", "bfloat16" or "int8", of the values.
 
     Raises:
-        UserError: sizes that don't fit the pattern, or an unknown precision.
+        UserError: sizes that don't fit the pattern or the kernels, or an unknown precision.
     """
 
     values: Tensor
@@ -46,26 +45,19 @@ class PackedLayer(nn.Module):
     scale: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, rows: int, k: int, n: int, m: int, bias: bool, precision: str) -> None:
+    def __init__(self, shape: tuple[int, ...], n: int, m: int, bias: bool, precision: str) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
-        if not 0 < n < m or k % m:
-            raise UserError(f"{n}:{m} doesn't fit {k} weights an output: expected 0 < n < m, m | k")
-        if k > nm.LARGEST_K:
-            raise UserError(
-                f"{k:,} weights an output: the kernels take at most {nm.LARGEST_K:,}; leave this "
-                "layer dense"
-            )
-        self.n, self.m, self.k = n, m, k
+        values, index = nm.pack(torch.zeros(shape), n, m)
+        self.shape = shape
+        self.n, self.m, self.k = n, m, math.prod(shape[1:])
         self.precision = precision
         self.activation = "none"
-        index = (torch.arange(k // m)[:, None] * m + torch.arange(n)).reshape(1, -1)
-        shape = (rows, index.shape[1])
-        self.register_buffer("values", torch.zeros(shape, dtype=PRECISIONS[precision]))
-        self.register_buffer("index", index.expand(shape).to(torch.uint16).contiguous())
-        self.register_buffer("scale", torch.ones(rows) if precision == "int8" else None)
-        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("values", values.to(PRECISIONS[precision]))
+        self.register_buffer("index", index)
+        self.register_buffer("scale", torch.ones(shape[0]) if precision == "int8" else None)
+        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     @property
     def pattern(self) -> str:
@@ -75,6 +67,34 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the dense weight in its layer's shape, computed anew at each reading."""
+        weight = self.stored_weight()
+        if self.scale is None:
+            return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight.to(self.scale.dtype) * self.scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+    def stored_weight(self) -> Tensor:
+        """Return the dense weight in the type of the values: of int8, before its scale.
+
+        Which layout the values have is the kernels' affair. The operator tells it: by its gradient,
+        a value learns from an input that counts 0, 1, 2, … which place it multiplies.
+        """
+        counting = torch.arange(self.k, dtype=torch.float64)
+        outputs = torch.arange(self.shape[0], dtype=torch.float64)
+        with torch.inference_mode(False), torch.enable_grad():
+            index = self.index.cpu().clone()
+            slots = torch.zeros(self.values.shape, dtype=torch.float64, requires_grad=True)
+            products = self._multiply_plainly(counting, slots, index)
+            (place,) = torch.autograd.grad(products, slots, torch.ones_like(outputs))
+            products = self._multiply_plainly(torch.ones_like(counting), slots, index)
+            (row,) = torch.autograd.grad(products, slots, outputs)
+        dense = torch.zeros(self.shape[0] * self.k, dtype=self.values.dtype)
+        where = (row * self.k + place).to(torch.int64).flatten()
+        # Added, not set: a spare slot of zero may share the place of a value.
+        dense.scatter_add_(0, where, self.values.detach().cpu().flatten())
+        return dense.reshape(self.shape).to(self.values.device)
+
+    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        """Return the products `(O,)` of W with one input of `k` numbers, in plain PyTorch."""
         raise NotImplementedError
 
     def macs(self, output: Tensor) -> int:
@@ -82,15 +102,20 @@ class PackedLayer(nn.Module):
         return output.numel() * self.k
 
     def _fill(self, layer: nn.Conv2d | nn.Linear, name: str | None) -> Self:
-        try:
-            values, index = nm.pack(layer.weight.detach().float(), self.n, self.m)
-        except UserError as error:
-            raise UserError(f"{name or type(layer).__name__}: {error}") from error
+        weight = layer.weight.detach().float()
         if self.scale is not None:
             # Symmetric, one scale an output; a row of zeros keeps the scale 1.
-            largest = values.abs().amax(dim=1) / 127
+            largest = weight.flatten(1).abs().amax(dim=1) / 127
             self.scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-            values = (values / self.scale[:, None]).round().clamp(-127, 127)
+            scale = self.scale.reshape(-1, *[1] * (weight.dim() - 1))
+            weight = (weight / scale).round().clamp(-127, 127)
+        try:
+            # The weight itself is checked, since rounding to int8 may make zeros.
+            values, index = nm.pack(layer.weight.detach().float(), self.n, self.m)
+            if self.scale is not None:
+                values, index = nm.pack(weight, self.n, self.m)
+        except UserError as error:
+            raise UserError(f"{name or type(layer).__name__}: {error}") from error
         self.values = values.to(PRECISIONS[self.precision])
         self.index = index
         if layer.bias is not None:
@@ -109,9 +134,6 @@ class PackedLayer(nn.Module):
                     f"the input is {x.dtype} and the packed layer's bias or scale {given.dtype}: "
                     "expected one type; the kernels compute in torch.float32"
                 )
-
-    def _dense_rows(self) -> Tensor:
-        return dense_rows(self.values, self.index, self.scale, self.k)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -163,7 +185,7 @@ class NMLinear(PackedLayer):
         bias: bool = True,
         precision: str = "float32",
     ) -> None:
-        super().__init__(out_features, in_features, n, m, bias, precision)
+        super().__init__((out_features, in_features), n, m, bias, precision)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
@@ -193,10 +215,8 @@ class NMLinear(PackedLayer):
         _refuse(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
 
-    @property
-    def weight(self) -> Tensor:
-        """Return the dense weight `(O, I)`, computed anew at each reading."""
-        return self._dense_rows()
+    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        return reference.linear(row, values, index, None, None, None, (self.n, self.m), "none")
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map `(..., I)` to activation(x W^T + bias + add), `(..., O)`.
@@ -258,12 +278,8 @@ class NMConv2d(PackedLayer):
         bias: bool = True,
         precision: str = "float32",
     ) -> None:
-        inside = in_channels // groups
-        if m < 1 or inside % m:
-            raise UserError(f"{inside} input channels a group don't divide into blocks of {m}")
-        super().__init__(
-            out_channels, kernel_size[0] * kernel_size[1] * inside, n, m, bias, precision
-        )
+        shape = (out_channels, in_channels // groups, *kernel_size)
+        super().__init__(shape, n, m, bias, precision)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.groups = padding, groups
@@ -311,11 +327,13 @@ class NMConv2d(PackedLayer):
         _refuse(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
 
-    @property
-    def weight(self) -> Tensor:
-        """Return the dense weight `(O, C / groups, kH, kW)`, computed anew at each reading."""
-        rows = self._dense_rows()
-        return rows.reshape(self.out_channels, *self.kernel_size, -1).movedim(-1, 1)
+    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        window = row.reshape(1, -1, *self.kernel_size).repeat(1, self.groups, 1, 1)
+        ones = (1, 1)
+        return reference.conv2d(
+            window, values, index, None, None, None, (self.n, self.m), self.kernel_size, ones,
+            (0, 0), ones, self.groups, "none",
+        ).flatten()  # fmt: skip
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` to activation(conv2d(x, W) + bias + add), `(B, O, OH, OW)`.
