@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tenfold.deploy.artifact import load as load
     from tenfold.deploy.artifact import save as save
     from tenfold.deploy.onnx import export as export
+    from tenfold.deploy.optimize import optimize as optimize
     from tenfold.errors import StateError as StateError
     from tenfold.errors import UserError as UserError
     from tenfold.measure.bench import bench as bench
@@ -27,6 +28,7 @@ _WHERE = {
     "plan": "tenfold.tasks.run",
     "evaluate": "tenfold.tasks.run",
     "export": "tenfold.deploy.onnx",
+    "optimize": "tenfold.deploy.optimize",
     "bench": "tenfold.measure.bench",
     "save": "tenfold.deploy.artifact",
     "load": "tenfold.deploy.artifact",
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "optimize",
     "plan",
     "save",
     "train",

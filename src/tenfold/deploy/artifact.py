@@ -1,8 +1,9 @@
 """The artifact: a finished model as `model.json` and `weights.safetensors`, nothing else.
 
 Loading one needs neither the training code nor its dependencies, executes nothing that a file
-names, and never unpickles. The JSON says which network to build (or that the caller brings it) and
-which of its layers are stored packed; its hash covers itself and the weights.
+names, and never unpickles. The JSON says which network to build (or that the caller brings it),
+which of its weights are stored packed, and how an optimized model differs from it (see `edits`);
+its hash covers itself and the weights.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.deploy.edits import EDITS, from_stored, replay, to_stored
+from tenfold.deploy.fuse import Epilogue
+from tenfold.deploy.optimized import OptimizedModel, reopen
+from tenfold.deploy.plan import OptimizePlan
+from tenfold.deploy.semi_structured import SemiStructuredLayer
 from tenfold.errors import UserError
 from tenfold.nn.blocks import nm_pattern
 from tenfold.nn.models import Network, check_name, rebuild
+from tenfold.nn.packed import PackedLayer
 from tenfold.nn.packing import pack_nm, unpack_nm
 
 __all__ = ["Artifact", "artifact_bytes", "load", "read", "save"]
@@ -42,13 +49,23 @@ class Artifact:
     preprocessing: dict[str, Any] | None
     classes: list[str] | None
     recipe: dict[str, Any] | None
+    plan: dict[str, Any] | None = None
 
     def model(self, model: nn.Module | None = None) -> nn.Module:
         """Build the network and fill in the weights; see `load`."""
         return _fill(self, model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights by name, the packed ones dense again."""
+        """Return the weights by name, the packed ones dense again.
+
+        Raises:
+            UserError: an optimized model, whose weights are no longer those of its network.
+        """
+        if self.plan is not None:
+            raise UserError(
+                f"{self.path} holds a model that was optimized for one machine: give the artifact "
+                "of the model that it was made from"
+            )
         return _unpack(self)
 
 
@@ -66,7 +83,7 @@ def save(
     Weights whose zeros follow an N:M pattern are stored packed, whoever made the pattern.
 
     Args:
-        model: a plain module, such as `finalize` returns.
+        model: a plain module, such as `finalize` returns, or what `optimize` made of one.
         path: folder to write; made if missing, an older artifact in it is replaced.
         network: how to build the network again: a name such as `timm/resnet18`, a mapping of
             `name` and `arguments`, or None when `load` will be given the module.
@@ -78,7 +95,8 @@ def save(
         The folder.
 
     Raises:
-        UserError: the model is still in training form, or the path is a file.
+        UserError: the model is still in training form or compressed for a GPU, or the path is a
+            file.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -91,10 +109,16 @@ def save(
             "the model is still in training form (it has parametrizations): call the method's "
             "finalize(model) first"
         )
+    if any(isinstance(module, SemiStructuredLayer) for module in model.modules()):
+        raise UserError(
+            "the model is compressed for the sparse tensor cores of one GPU: save the model that "
+            "was given to optimize, and optimize it again after loading"
+        )
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: expected a folder to write the artifact into")
-    tensors, edits = _pack(model)
+    optimized = model if isinstance(model, OptimizedModel) else None
+    tensors, edits = _pack(model if optimized is None else optimized.network)
     named = _as_network(network)
     if named.name is not None:
         check_name(named.name)
@@ -103,11 +127,13 @@ def save(
         "network": None
         if named.name is None
         else {"name": named.name, "arguments": named.arguments},
-        "edits": edits,
+        "edits": edits if optimized is None else [*optimized.edits, *edits],
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "classes": None if classes is None else list(classes),
         "recipe": None if recipe is None else dict(recipe),
     }
+    if optimized is not None:
+        structure["plan"] = optimized.plan.to_dict()
     try:
         json.dumps(structure)
     except (TypeError, ValueError) as error:
@@ -136,7 +162,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         model: a fresh instance of the network; needed when the artifact names none.
 
     Returns:
-        The network with its weights; `model` itself when that was given.
+        The network with its weights; `model` itself when that was given. An optimized model comes
+        back packed and fused as it was saved, without timing; `model` becomes a part of it.
 
     Raises:
         UserError: no artifact, another format, a changed file, or names and shapes that differ.
@@ -178,6 +205,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         preprocessing=structure["preprocessing"],
         classes=structure["classes"],
         recipe=structure["recipe"],
+        plan=structure.get("plan"),
     )
 
 
@@ -202,7 +230,16 @@ def _as_network(network: Network | str | Mapping[str, Any] | None) -> Network:
 def _pack(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors: dict[str, Tensor] = {}
     edits: list[dict[str, Any]] = []
+    layers = {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLayer)
+    }
+    for prefix, layer in layers.items():
+        tensors[f"{prefix}values"], tensors[f"{prefix}index"] = to_stored(layer)
     for key, value in model.state_dict().items():
+        if key in tensors:
+            continue
         if not isinstance(value, Tensor):
             raise UserError(f"the model's state has {key}, which is no tensor: it can't be saved")
         module, _, attribute = key.rpartition(".")
@@ -231,6 +268,10 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
                 "tenfold.load(path, model=…)"
             )
         model = rebuild(artifact.network)
+    epilogues: dict[str, Epilogue] = {}
+    if artifact.plan is not None:
+        changes = [edit for edit in artifact.edits if edit.get("type") != PACKED]
+        model, epilogues = replay(model, changes)
     state = _unpack(artifact)
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -254,7 +295,9 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
                 tensor = getattr(owner, name)
                 tensor.data = tensor.data.to(state[key].dtype)
     model.load_state_dict(state)
-    return model.eval()
+    if artifact.plan is None:
+        return model.eval()
+    return reopen(model, OptimizePlan.from_dict(artifact.plan), changes, epilogues)
 
 
 def _unpack(artifact: Artifact) -> dict[str, Tensor]:
@@ -266,12 +309,17 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"{artifact.path / WEIGHTS} can't be read: {error}") from error
     for edit in artifact.edits:
-        if edit.get("type") != PACKED:
+        kind = edit.get("type")
+        if kind != PACKED and (kind not in EDITS or artifact.plan is None):
             raise UserError(
-                f"{artifact.path} has an edit of type {edit.get('type')!r}: this version of "
-                f"tenfold knows {PACKED}; load it with the version that wrote it"
+                f"{artifact.path} has an edit of type {kind!r}: this version of tenfold knows "
+                f"{', '.join((PACKED, *EDITS))}; load it with the version that wrote it"
             )
-        key = f"{edit['module']}.weight" if edit["module"] else "weight"
+        prefix = f"{edit['module']}." if edit["module"] else ""
+        if kind != PACKED:
+            _unpack_layer(state, prefix, edit["arguments"])
+            continue
+        key = f"{prefix}weight"
         arguments = edit["arguments"]
         try:
             values, index = state.pop(f"{key}.values"), state.pop(f"{key}.index")
@@ -279,6 +327,17 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
             raise UserError(f"{artifact.path} lacks the packed weight {key}") from error
         state[key] = unpack_nm(values, index, arguments["n"], arguments["m"], arguments["shape"])
     return state
+
+
+def _unpack_layer(state: dict[str, Tensor], prefix: str, arguments: Mapping[str, Any]) -> None:
+    """Bring the weight of a packed layer into the kernels' layout; other edits store nothing."""
+    if "n" not in arguments:
+        return
+    names = f"{prefix}values", f"{prefix}index"
+    if missing := [name for name in names if name not in state]:
+        raise UserError(f"the artifact lacks the packed weight {missing[0]}")
+    values, index = from_stored(state[names[0]], state[names[1]], arguments)
+    state[names[0]], state[names[1]] = values, index
 
 
 def _hash(structure: Mapping[str, Any], weights: Path) -> str:

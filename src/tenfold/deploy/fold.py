@@ -22,7 +22,7 @@ from tenfold.errors import UserError
 from tenfold.measure.inputs import ExampleInputs, as_inputs, run_once
 from tenfold.measure.quiet import quiet, reason
 
-__all__ = ["Folded", "eval_copy", "fold_batch_norm"]
+__all__ = ["Folded", "eval_copy", "fold_batch_norm", "norm_replacement", "remove_norm"]
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # timm's BatchNorm with dropout and activation in one module; named, not imported.
@@ -160,8 +160,7 @@ def _owner(tensors: tuple[object, ...], names: dict[str, str]) -> str | None:
 
 def _fold_pair(model: nn.Module, pair: _Pair) -> bool:
     layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.norm)
-    replacement = _replacement(norm)
-    if replacement is None or not pair.norm:
+    if norm_replacement(norm) is None or not pair.norm:
         return False
     mean, variance = norm.running_mean, norm.running_var
     if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
@@ -183,6 +182,19 @@ def _fold_pair(model: nn.Module, pair: _Pair) -> bool:
     else:
         return False
     layer.weight, layer.bias = weight, bias
+    remove_norm(model, norm)
+    return True
+
+
+def remove_norm(model: nn.Module, norm: nn.Module) -> bool:
+    """Put what is left of a BatchNorm module when it has been folded in its place.
+
+    Returns:
+        False when it is a module of another type; nothing is changed then.
+    """
+    replacement = norm_replacement(norm)
+    if replacement is None:
+        return False
     # The network may hold the module under several names.
     for parent in model.modules():
         for name, child in list(parent._modules.items()):
@@ -191,7 +203,8 @@ def _fold_pair(model: nn.Module, pair: _Pair) -> bool:
     return True
 
 
-def _replacement(norm: nn.Module) -> nn.Module | None:
+def norm_replacement(norm: nn.Module) -> nn.Module | None:
+    """Return what a BatchNorm module does besides normalising, or None for other modules."""
     if type(norm) in _PLAIN_NORMS:
         return nn.Identity().eval()
     if type(norm).__name__ in _NORMS_WITH_ACTIVATION:

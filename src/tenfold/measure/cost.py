@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet
+from tenfold.nn.packed import PackedLayer
 
 __all__ = ["Cost", "LayerCost", "count_cost"]
 
@@ -92,18 +93,19 @@ def count_cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     inputs = at_batch(as_inputs(example_inputs), 1)
     with torch.no_grad(), _in_eval(model), parametrize.cached():
         layers = _layers(model)
-        weights = {name: layer.weight for name, layer in layers.items()}
+        weights = {name: layer.weight for name, layer in layers.items()}  # packed ones made dense
         macs_by_layer, macs = _count(model, inputs, layers)
         rows = tuple(
             _row(name, layer, weights[name], macs_by_layer[name]) for name, layer in layers.items()
         )
         parameters = _parameters(model)
+        counted = [*parameters, *_packed_parameters(model)]
         return Cost(
             layers=rows,
             macs=macs,
             effective_macs=macs - sum(row.macs - row.effective_macs for row in rows),
-            parameters=sum(tensor.numel() for tensor in parameters),
-            nonzero_parameters=sum(int(torch.count_nonzero(tensor)) for tensor in parameters),
+            parameters=sum(tensor.numel() for tensor in counted),
+            nonzero_parameters=sum(int(torch.count_nonzero(tensor)) for tensor in counted),
             bytes=sum(tensor.nbytes for tensor in [*parameters, *model.buffers()]),
         )
 
@@ -163,6 +165,13 @@ def _parameters(model: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
+def _packed_parameters(model: nn.Module) -> list[Tensor]:
+    """Return the dense form of packed layers' weights, and their biases, which are buffers."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    biases = [layer.bias for layer in packed if layer.bias is not None]
+    return [*(layer.weight for layer in packed), *biases]
+
+
 def _row(name: str, layer: nn.Module, weight: Tensor, macs: int) -> LayerCost:
     bias = getattr(layer, "bias", None)
     kept = int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
@@ -181,10 +190,21 @@ def _count(
     model: nn.Module, inputs: tuple[Tensor, ...], layers: dict[str, Any]
 ) -> tuple[dict[str, int], int]:
     """Run once and return the multiply-adds of each layer and of the whole network."""
+    # The kernels of packed layers are no operators of PyTorch: their outputs say what they cost.
+    packed = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLayer)}
     counter = FlopCounterMode(display=False)
-    assign = _Assign(counter, layers)
+    assign = _Assign(counter, {n: layer for n, layer in layers.items() if n not in packed})
+    macs = dict.fromkeys(packed, 0)
     handles = []
+
+    def count(name: str, output: Tensor) -> None:
+        macs[name] += packed[name].macs(output)
+
+    for name, layer in packed.items():
+        handles.append(layer.register_forward_hook(lambda *a, name=name: count(name, a[-1])))
     for name, layer in layers.items():
+        if name in packed:
+            continue
         # A method may drop the module from the hook's arguments, so the name is bound here.
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: assign.enter(name)))
         handles.append(layer.register_forward_hook(lambda *_: assign.leave()))
@@ -194,8 +214,8 @@ def _count(
     finally:
         for handle in handles:
             handle.remove()
-    macs = {name: flops // 2 for name, flops in assign.flops.items()}
-    return macs, counter.get_total_flops() // 2
+    total = counter.get_total_flops() // 2 + sum(macs.values())
+    return {**{name: flops // 2 for name, flops in assign.flops.items()}, **macs}, total
 
 
 class _Assign(TorchDispatchMode):  # type: ignore[no-untyped-call]

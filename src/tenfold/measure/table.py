@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tenfold.measure.result import BenchResult, LatencyRow
 
-__all__ = ["table"]
+__all__ = ["columns", "table"]
 
 NAME_WIDTH = 20
 
@@ -40,7 +40,7 @@ def table(result: BenchResult) -> str:
     for row in result.latency:
         times.append(_time_cells(row, first=(row.runtime, row.batch) != previous))
         previous = (row.runtime, row.batch)
-    blocks = [_columns(sizes), _columns(times)] if result.latency else [_columns(sizes)]
+    blocks = [columns(sizes), columns(times)] if result.latency else [columns(sizes)]
     findings = [textwrap.fill(line, width=100, subsequent_indent="  ") for line in result.summary]
     return "\n\n".join([*blocks, "\n".join(findings)])
 
@@ -60,7 +60,8 @@ def _time_cells(row: LatencyRow, first: bool) -> list[str]:
     ]
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned text, the first one a header that is ruled off."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

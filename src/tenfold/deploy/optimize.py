@@ -1,0 +1,248 @@
+"""Make a network fast on this machine: fold, pack, time, fuse, and prove that it is the same.
+
+Every step works on a copy. A layer is packed when that is faster here; what follows it is fused
+into it where the graph allows; and before the result is returned its outputs are compared with
+those of the network that was given. When they differ, the fusion is undone, then the packing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.deploy.candidates import find_layers, replace_layers
+from tenfold.deploy.choose import CHOICES, Target, choose_layers, time_networks
+from tenfold.deploy.edits import describe_edits
+from tenfold.deploy.fold import Folded, eval_copy, fold_batch_norm
+from tenfold.deploy.fuse import Epilogue, fuse, unfuse
+from tenfold.deploy.optimized import OptimizedModel, in_memory_format, largest_difference
+from tenfold.deploy.plan import LayerChoice, OptimizePlan
+from tenfold.errors import UserError, unknown_name
+from tenfold.measure.inputs import ExampleInputs, as_inputs, random_like, run_once
+from tenfold.measure.quiet import reason
+from tenfold.nn.packed import PRECISIONS, PackedLayer
+
+__all__ = ["optimize"]
+
+TOLERANCE = 1e-5
+# Another form of the whole network must take this share of the time: two timings are never equal.
+CLEARLY = 0.97
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    precision: str = "float32",
+    *,
+    choose: str = "time",
+) -> OptimizedModel:
+    """Return a new module that computes what `model` does, as fast as this machine can.
+
+    BatchNorm is folded. Each Conv2d and Linear whose weights follow an N:M pattern, whoever made
+    it, is timed dense and packed, and the faster form is kept. Activations and residual additions
+    are fused into packed layers. The result takes any batch and image size that the model takes.
+    On a CUDA device 2:4 layers in float16 or bfloat16 go to the sparse tensor cores.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> fast = optimize(network, torch.zeros(1, 3, 8, 8))
+    >>> fast.plan.folded
+    ('1',)
+
+    Args:
+        model: any network; it is not changed.
+        example_inputs: tensor `(B, ...)`, or several, of the size to be fast at.
+        precision: of packed weights on a CPU: "float32", "bfloat16" or "int8". Sums are float32.
+        choose: "time", or "packed" and "dense" to decide without timing.
+
+    Returns:
+        The module, with `plan` saying what was done. In float32 its outputs are within 1e-5 of the
+        model's on the example, relative to the largest.
+
+    Raises:
+        UserError: the model can't be copied, fails on the inputs or is optimized already, or an
+            argument that makes no sense.
+    """
+    inputs = as_inputs(example_inputs)
+    _check(model, precision, choose)
+    given = eval_copy(model).requires_grad_(False)
+    expected = run_once(given, inputs, "the model")
+    folded = fold_batch_norm(given, inputs)
+    folded.model.requires_grad_(False)
+    target = Target(precision, inputs[0].device)
+    layers = find_layers(folded.model, inputs)
+    choices, packed = choose_layers(layers, target, choose)
+
+    notes = [f"BatchNorm is not folded: {folded.reason}"] if folded.reason else []
+    if choose == "time" and target.missing and any(layer.reason is None for layer in layers):
+        notes.append(f"nothing is packed: {target.missing}")
+    exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
+    checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
+    form = checks.first(_forms(given, folded, packed, inputs, notes), notes)
+    memory_format, network_ms = "contiguous", dict[str, float]()
+    if choose == "time":
+        dense = _Form("dense", folded.model, folded=tuple(folded.folded))
+        form, memory_format, network_ms = _fastest(form, dense, inputs, checks, notes)
+    plan = OptimizePlan(
+        layers=tuple(_final(choice, form) for choice in choices),
+        precision=precision,
+        instruction_set=target.instruction_set,
+        memory_format=memory_format,
+        inputs=len(inputs),
+        folded=form.folded,
+        network_ms=network_ms,
+        difference=form.difference,
+        reason="; ".join(notes) or None,
+    )
+    edits = describe_edits(given, form.network, form.folded, form.epilogues)
+    return OptimizedModel(form.network, plan, edits)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One way to run the network, with what was done to it."""
+
+    name: str
+    network: nn.Module
+    packed: frozenset[str] = frozenset()
+    epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
+    folded: tuple[str, ...] = ()
+    difference: float | None = None
+
+
+def _forms(
+    given: nn.Module,
+    folded: Folded,
+    packed: Mapping[str, nn.Module],
+    inputs: tuple[Tensor, ...],
+    notes: list[str],
+) -> Iterator[_Form]:
+    """Yield the forms of a network, the best first; the last one is the network as given."""
+    norms = tuple(folded.folded)
+    if packed:
+        network = replace_layers(copy.deepcopy(folded.model), packed)
+        names = frozenset(packed)
+        if any(isinstance(module, PackedLayer) for module in packed.values()) and "" not in packed:
+            try:
+                graph, epilogues = fuse(network, inputs)
+            except Exception as error:
+                notes.append(f"layers are packed, but nothing is fused: no graph: {reason(error)}")
+            else:
+                yield _Form("packed", graph, names, epilogues, norms)
+            unfuse(network)
+        yield _Form("packed", network, names, folded=norms)
+    yield _Form("dense", folded.model, folded=norms)
+    yield _Form("as given", given)
+
+
+class _Checks:
+    """Inputs at two batch sizes with the outputs that are expected of them."""
+
+    def __init__(
+        self,
+        given: nn.Module,
+        inputs: tuple[Tensor, ...],
+        expected: tuple[Tensor, ...],
+        tolerance: float | None,
+    ) -> None:
+        self.tolerance = tolerance
+        self._example = (inputs, expected)
+        self._other: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        # A model may take one batch size only.
+        with contextlib.suppress(UserError):
+            other = random_like(inputs, len(inputs[0]) + 1, seed=0)
+            self._other = other, run_once(given, other, "the model")
+
+    def difference(self, network: nn.Module) -> float:
+        """Return the largest relative difference on the example; infinite at wrong shapes.
+
+        Raises:
+            UserError: the network can't be run.
+        """
+        if self._other is not None:
+            inputs, expected = self._other
+            found = largest_difference(run_once(network, inputs, "it"), expected)
+            # Random numbers may be no sensible input; they show what depends on the batch.
+            if math.isinf(found) or (self.tolerance and found > 100 * self.tolerance):
+                return found
+        inputs, expected = self._example
+        return largest_difference(run_once(network, inputs, "it"), expected)
+
+    def first(self, forms: Iterator[_Form], notes: list[str]) -> _Form:
+        """Return the first form that is right; the network as given is right by definition."""
+        for form in forms:
+            if form.name == "as given":
+                return replace(form, difference=0.0)
+            fused = f"{form.name} and fused" if form.epilogues else form.name
+            try:
+                difference = self.difference(form.network)
+            except UserError as error:
+                notes.append(f"given up, {fused}: {error}")
+                continue
+            if self.right(difference):
+                return replace(form, difference=difference)
+            notes.append(f"given up, {fused}: the outputs differ by {difference:.1e} relative")
+        raise AssertionError("forms end with the network as given")
+
+    def right(self, difference: float) -> bool:
+        """Tell whether outputs that differ so much are the model's."""
+        return difference <= (math.inf if self.tolerance is None else self.tolerance) and not (
+            math.isinf(difference)
+        )
+
+
+def _fastest(
+    form: _Form, dense: _Form, inputs: tuple[Tensor, ...], checks: _Checks, notes: list[str]
+) -> tuple[_Form, str, dict[str, float]]:
+    """Time the whole network: packed or dense, and in which memory format of dense layers."""
+    tried: dict[str, tuple[_Form, str]] = {}
+    for candidate in (form, dense) if form.packed else (form,):
+        tried[candidate.name] = candidate, "contiguous"
+        convolutions = any(isinstance(module, nn.Conv2d) for module in candidate.network.modules())
+        if convolutions and inputs[0].device.type == "cpu":
+            reordered = in_memory_format(copy.deepcopy(candidate.network), "channels_last")
+            again = replace(candidate, network=reordered)
+            tried[f"{candidate.name}, channels_last"] = again, "channels_last"
+    if len(tried) == 1:
+        return form, "contiguous", {}
+    times = time_networks({name: each.network for name, (each, _) in tried.items()}, inputs)
+    best = form.name
+    for name in tried:
+        if times[name] < CLEARLY * times[best]:
+            best = name
+    chosen, memory_format = tried[best]
+    if best == form.name:
+        return form, "contiguous", times
+    difference = checks.difference(chosen.network)
+    if not checks.right(difference):
+        notes.append(f"{best} is faster, but its outputs differ by {difference:.1e} relative")
+        return form, "contiguous", times
+    if form.packed and not chosen.packed:
+        notes.append("nothing is packed: the whole network is faster dense")
+    return replace(chosen, difference=difference), memory_format, times
+
+
+def _final(choice: LayerChoice, form: _Form) -> LayerChoice:
+    if choice.layer not in form.packed:
+        return choice
+    epilogue = form.epilogues.get(choice.layer)
+    return replace(choice, chosen="packed", fused=str(epilogue) if epilogue else None)
+
+
+def _check(model: nn.Module, precision: str, choose: str) -> None:
+    if isinstance(model, OptimizedModel) or (
+        isinstance(model, nn.Module) and any(isinstance(m, PackedLayer) for m in model.modules())
+    ):
+        raise UserError(
+            "the model is optimized already: give the model that it was made from, since packed "
+            "weights can't be folded or timed against dense ones"
+        )
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", str(precision), PRECISIONS)
+    if choose not in CHOICES:
+        raise unknown_name("choose", str(choose), CHOICES)

@@ -1,0 +1,127 @@
+"""The network that `optimize` returns, and how it is compared with the one that was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.deploy.fuse import Epilogue, apply_epilogues
+from tenfold.deploy.plan import OptimizePlan
+from tenfold.errors import unknown_name
+
+__all__ = ["MEMORY_FORMATS", "OptimizedModel", "in_memory_format", "largest_difference", "reopen"]
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class OptimizedModel(nn.Module):
+    """A network for one machine: called like the one it was made from, always in eval mode.
+
+    It is for inference: its parameters need no gradient, `train()` has no effect, and a packed
+    layer refuses an input that needs one.
+
+    Attributes:
+        plan: what was done, `print(fast.plan)`.
+        network: the network inside: a graph where layers were fused, else a plain module.
+        edits: how to make the network from the one that was given, for the artifact.
+
+    Args:
+        network: as above.
+        plan: as above.
+        edits: as above.
+    """
+
+    def __init__(
+        self, network: nn.Module, plan: OptimizePlan, edits: tuple[dict[str, Any], ...] = ()
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.plan = plan
+        self.edits = edits
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the given network's `forward` does."""
+        return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def __repr__(self) -> str:
+        packed, layers = len(self.plan.packed), len(self.plan.layers)
+        return (
+            f"OptimizedModel({type(self.network).__name__}, {packed} of {layers} layers packed, "
+            f"precision={self.plan.precision}); see .plan"
+        )
+
+
+def reopen(
+    network: nn.Module,
+    plan: OptimizePlan,
+    edits: Sequence[Mapping[str, Any]],
+    epilogues: Mapping[str, Epilogue],
+) -> OptimizedModel:
+    """Return the optimized model that a network, edited and filled, was saved from.
+
+    Where this version of its code leads to another graph, it is run without fusion: the layers then
+    do the same one after the other, and the plan says so.
+
+    Args:
+        network: as `edits.replay` leaves it, with its weights.
+        plan: as it was saved.
+        edits: as they were saved.
+        epilogues: what packed layers shall do besides, by name.
+
+    Raises:
+        UserError: a plan with an unknown memory format.
+    """
+    if plan.memory_format not in MEMORY_FORMATS:
+        raise unknown_name("memory format", str(plan.memory_format), MEMORY_FORMATS)
+    network = in_memory_format(network.eval(), plan.memory_format)
+    if any(str(epilogue) for epilogue in epilogues.values()):
+        graph = apply_epilogues(network, epilogues, plan.inputs)
+        if graph is None:
+            why = "loaded without fusion: the network's code leads to another graph here"
+            rows = tuple(replace(row, fused=None) for row in plan.layers)
+            reason = f"{plan.reason}; {why}" if plan.reason else why
+            plan = replace(plan, layers=rows, reason=reason)
+        else:
+            network = graph
+    return OptimizedModel(network, plan, tuple(dict(edit) for edit in edits))
+
+
+def in_memory_format(network: nn.Module, name: str) -> nn.Module:
+    """Lay out the weights of a network's dense 2-D convolutions in place, and return it."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            data = module.weight.data
+            module.weight.data = data.contiguous(memory_format=MEMORY_FORMATS[name])
+    return network
+
+
+def largest_difference(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Return the largest difference relative to the largest expected value, output by output.
+
+    Other shapes, or NaN in other places, count as infinite.
+    """
+    if len(outputs) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for output, reference in zip(outputs, expected, strict=True):
+        if output.shape != reference.shape:
+            return float("inf")
+        a, b = output.double(), reference.double()
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        a, b = (torch.where(value.isfinite(), value, 0.0) for value in (a, b))
+        if b.numel() == 0:
+            continue
+        difference = float((a - b).abs().max())
+        if difference:
+            worst = max(worst, difference / max(float(b.abs().max()), 1e-30))
+    return worst
