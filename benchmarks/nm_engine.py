@@ -58,6 +58,18 @@ def prune(model: nn.Module, n: int, m: int) -> nn.Module:
     return pruned
 
 
+def build(name: str) -> nn.Module:
+    """Return a network with random weights and BatchNorm that does something."""
+    torch.manual_seed(SEED)
+    model, _ = models.build(NETWORKS[name], num_classes=1000)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # timm starts some at zero: no weight to fold
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
 def dense_calls(
     model: nn.Module, x: Tensor, threads: int, folder: Path
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
@@ -123,8 +135,7 @@ def conv_shapes(model: nn.Module, x: Tensor) -> Counter[tuple[Any, ...]]:
 
 def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
     """Time every convolution of ResNet-50 but the first alone; convolutions of equal sizes once."""
-    network, _ = models.build(NETWORKS["resnet50"], num_classes=1000)
-    shapes = conv_shapes(network.eval(), torch.randn(1, 3, 224, 224))
+    shapes = conv_shapes(build("resnet50"), torch.randn(1, 3, 224, 224))
     rows = []
     for (inputs, outputs, kernel, stride, size), count in shapes.items():
         torch.manual_seed(SEED)
@@ -164,9 +175,7 @@ def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
 def network(name: str, seconds: float, batch: int, threads: int) -> dict[str, Any]:
     """Time a whole network; every layer's form is chosen by `tenfold.optimize` here."""
     torch.set_num_threads(threads)
-    torch.manual_seed(SEED)
-    model, _ = models.build(NETWORKS[name], num_classes=1000)
-    model.eval()
+    model = build(name)
     x = torch.randn(batch, 3, 224, 224)
     sparse = {f"{n}:{m}": tenfold.optimize(prune(model, n, m), x) for n, m in PATTERNS}
     found = compare(model, sparse, x, threads, seconds)
@@ -182,8 +191,7 @@ def network(name: str, seconds: float, batch: int, threads: int) -> dict[str, An
 def memory_peak(pattern: str, batch: int) -> float:
     """Return what a process that runs ResNet-50 once takes beyond what it took before, in MiB."""
     torch.set_num_threads(1)
-    model, _ = models.build(NETWORKS["resnet50"], num_classes=1000)
-    model.eval()
+    model = build("resnet50")
     x = torch.randn(batch, 3, 224, 224)
     if pattern != "dense":
         n, m = map(int, pattern.split(":"))
@@ -201,9 +209,7 @@ def memory_peak(pattern: str, batch: int) -> float:
 
 def extras(seconds: float) -> dict[str, Any]:
     """Scaling over threads, image and batch size; the roofline; packing, disk and memory."""
-    torch.manual_seed(SEED)
-    model, _ = models.build(NETWORKS["resnet50"], num_classes=1000)
-    model.eval()
+    model = build("resnet50")
     x = torch.randn(1, 3, 224, 224)
     found: dict[str, Any] = {"packing_seconds": {}, "disk_bytes": {}, "scaling": {}, "sizes": {}}
     fast = {}
