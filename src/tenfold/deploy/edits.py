@@ -137,13 +137,18 @@ def _packed(
         raise UserError(f"{kind} of {name}: expected n and m as numbers and a precision")
     bias = arguments.get("bias") is True
     try:
+        layer: NMConv2d | NMLinear
         if kind == "NMConv2d" and isinstance(module, nn.Conv2d):
-            return NMConv2d.like(module, n, m, precision, bias)
-        if kind == "NMLinear" and isinstance(module, nn.Linear):
-            return NMLinear.like(module, n, m, precision, bias)
+            layer = NMConv2d.like(module, n, m, precision, bias)
+        elif kind == "NMLinear" and isinstance(module, nn.Linear):
+            layer = NMLinear.like(module, n, m, precision, bias)
+        else:
+            raise UserError(f"the network has {type(module).__name__} there")
+        if list(layer.shape) != arguments.get("shape"):
+            raise UserError(f"{arguments.get('shape')} was saved and {list(layer.shape)} is needed")
     except UserError as error:
-        raise UserError(f"{kind} of {name} doesn't fit the network: {error}") from error
-    raise UserError(f"{kind} of {name or 'the model'} doesn't fit {type(module).__name__}")
+        raise UserError(f"{kind} of {name or 'the model'} doesn't fit: {error}") from error
+    return layer
 
 
 def _epilogue(name: str, arguments: Mapping[str, Any]) -> Epilogue:
