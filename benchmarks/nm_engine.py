@@ -244,7 +244,10 @@ def extras(seconds: float) -> dict[str, Any]:
     found["memory_mib"] = {}
     for pattern in ("dense", *fast):
         done = subprocess.run(
-            [sys.executable, __file__, "--peak", pattern], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", pattern],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found["memory_mib"][pattern] = round(float(done.stdout.split()[-1]), 1)
     print(json.dumps(found, indent=1))

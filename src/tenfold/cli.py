@@ -166,7 +166,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     if not options.no_bench:
         print("measuring before and after on this machine …", flush=True)
         # torch.compile takes minutes to compile a large network: `tenfold bench` has it
-        runtimes = ("pytorch", "onnxruntime", "openvino")
+        runtimes = ("pytorch", "onnxruntime", "openvino", "tenfold")
         command = f"tenfold bench {shlex.quote(str(run.path))}"
         result = bench_run(run.path, runtimes=runtimes, seconds=1.0, command=command)
         _print_bench(result)
@@ -228,6 +228,13 @@ def _print_bench(result: object) -> None:
 
     assert isinstance(result, BenchResult)
     print(table(result))
+    plans = result.plans.get(result.models[-1], {})
+    if plans and any(layer["pattern"] for layer in next(iter(plans.values()))["layers"]):
+        from tenfold.deploy.plan import OptimizePlan
+
+        batch, plan = next(iter(plans.items()))
+        print(f"\n{result.models[-1]} in the runtime tenfold, batch {batch}, layer by layer:\n")
+        print(OptimizePlan.from_dict(plan))
 
 
 def _write_report(run: str, output: str | None = None) -> None:

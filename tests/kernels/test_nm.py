@@ -164,7 +164,9 @@ def test_small_maps_share_panels_over_images() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (6, 8, 3, 3), (4, 200), (3, 36, 2, 5)])
-def test_packing_keeps_every_weight_also_of_groups_with_fewer_than_n(shape: tuple[int, ...]) -> None:
+def test_packing_keeps_every_weight_also_of_groups_with_fewer_than_n(
+    shape: tuple[int, ...],
+) -> None:
     weight = sparse(torch.randn(shape), 3, 4)
     weight[0] = 0
     weight[1].flatten()[:6] = 0
@@ -365,4 +367,6 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
         [sys.executable, "-c", "import tenfold.kernels.nm"], capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "TENFOLD_KERNELS=avx1024: expected reference or one that this processor runs" in done.stderr
+    assert (
+        "TENFOLD_KERNELS=avx1024: expected reference or one that this processor runs" in done.stderr
+    )

@@ -83,9 +83,7 @@ def conv2d(
     """See `tenfold.kernels.nm.conv2d`."""
     batch, channels, height, width = x.shape
     blocks, rows, slots = values.shape
-    out_height = (
-        height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1
-    ) // stride[0] + 1
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
     out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     block = slots // pattern[0] * pattern[1]
     weights = kernel_size[0] * kernel_size[1] * (channels // groups)

@@ -27,7 +27,15 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels import native, reference
 
-__all__ = ["ACTIVATIONS", "WEIGHT_TYPES", "block_length", "check_packed", "conv2d", "linear", "pack"]
+__all__ = [
+    "ACTIVATIONS",
+    "WEIGHT_TYPES",
+    "block_length",
+    "check_packed",
+    "conv2d",
+    "linear",
+    "pack",
+]
 
 ACTIVATIONS = reference.ACTIVATIONS
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -70,7 +78,9 @@ def pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     if counts.numel() and int(counts.max()) > n:
         row, group = (int(i) for i in (counts > n).nonzero()[0])
         places = torch.arange(weight[0].numel()).reshape(1, *weight.shape[1:])
-        channel, position = divmod(int(reference.tiled(places, m)[0, group * m]), weight[0, 0].numel())
+        channel, position = divmod(
+            int(reference.tiled(places, m)[0, group * m]), weight[0, 0].numel()
+        )
         raise UserError(
             f"not {n}:{m}: output {row}, kernel position {position}, input channels {channel} to "
             f"{channel + m - 1} have {int(counts[row, group])} non-zeros; expected at most {n}"

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,7 +58,8 @@ def bench(
         batch_sizes: Batch sizes to time.
         threads: Threads for every runtime; PyTorch's number by default.
         runtimes: Some of "pytorch" (eager, in both memory formats), "torch.compile",
-            "onnxruntime", "openvino"; all by default. One that can't run is skipped with a reason.
+            "onnxruntime", "openvino", "tenfold" (each model as `tenfold.optimize` makes it); all by
+            default. One that can't run is skipped with a reason.
         seconds: Time for one runtime at one batch size, warm-up not counted.
         accuracy: Known accuracies in 0..1, by model name.
         packed_bytes: Known sizes of saved artifacts in bytes, by model name.
@@ -83,11 +84,14 @@ def bench(
     batches = [at_batch(inputs, batch) for batch in dict.fromkeys(batch_sizes)]
     latency: list[LatencyRow] = []
     skipped: list[Skipped] = []
+    plans: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, _torch_threads(threads):
         files = OnnxFiles(copies, inputs, onnx or {}, Path(folder))
         for runtime in chosen:
             for prepared in prepare(runtime, copies, batches, threads, files):
                 skipped += _skipped(prepared, list(models))
+                for name, plan in prepared.plans.items():
+                    plans.setdefault(name, {})[str(prepared.batch)] = plan
                 latency += _measure(prepared, list(models), inputs[0].device, seconds, seed)
     skipped = list(dict.fromkeys(skipped))
 
@@ -105,6 +109,7 @@ def bench(
         size=size,
         latency=latency,
         skipped=skipped,
+        plans=plans,
         summary=summarise(names, known_accuracy, size, latency, skipped),
     )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from tenfold.measure.runners import OnnxModel, OpenVinoModel
 
 __all__ = ["RUNTIMES", "OnnxFiles", "Prepared", "check_runtimes", "prepare"]
 
-RUNTIMES = ("pytorch", "torch.compile", "onnxruntime", "openvino")
+RUNTIMES = ("pytorch", "torch.compile", "onnxruntime", "openvino", "tenfold")
 CHANNELS_LAST = "pytorch channels_last"
 
 Call = Callable[[], object]
@@ -26,12 +28,16 @@ Call = Callable[[], object]
 
 @dataclass
 class Prepared:
-    """The models that one runtime can run at one batch size, and the reasons of the others."""
+    """The models that one runtime can run at one batch size, and the reasons of the others.
+
+    `plans` has what `tenfold.optimize` decided about each, for the runtime "tenfold".
+    """
 
     runtime: str
     batch: int
     calls: dict[str, Call] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def check_runtimes(runtimes: Iterable[str] | None) -> tuple[str, ...]:
@@ -71,6 +77,8 @@ def prepare(
         yield from _eager(models, batches)
     elif runtime == "torch.compile":
         yield from _compiled(models, batches)
+    elif runtime == "tenfold":
+        yield from _optimized(models, batches)
     else:
         yield from _exported(runtime, models, batches, threads, onnx)
 
@@ -132,6 +140,24 @@ def _compiled(
                 prepared.calls[name] = _call(compiled, inputs)
         yield prepared
     torch.compiler.reset()
+
+
+def _optimized(
+    models: Mapping[str, nn.Module], batches: Sequence[tuple[Tensor, ...]]
+) -> Iterator[Prepared]:
+    # The only look upwards, and only when asked: measuring needs what it measures.
+    optimize = importlib.import_module("tenfold.deploy.optimize").optimize
+    for inputs in batches:
+        prepared = Prepared("tenfold", len(inputs[0]))
+        for name, model in models.items():
+            try:
+                fast = model if hasattr(model, "plan") else optimize(model, inputs)
+            except UserError as error:
+                prepared.skipped[name] = str(error)
+                continue
+            prepared.calls[name] = _call(fast, inputs)
+            prepared.plans[name] = fast.plan.to_dict()
+        yield prepared
 
 
 def _exported(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from tenfold.kernels import native
 from tenfold.measure import cpu
 from tenfold.measure.quiet import quiet
 
@@ -54,6 +55,7 @@ class Machine:
         gpus: CUDA devices.
         engines: Installed engines by name: torch, onnxruntime, openvino.
         compiler: C++ compiler that torch.compile can use on the CPU.
+        kernels: Instruction set of tenfold's compiled kernels; None without them.
         python: Python version.
         os: Operating system and architecture.
     """
@@ -68,6 +70,7 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     engines: dict[str, Engine] = field(default_factory=dict)
     compiler: str | None = None
+    kernels: str | None = None
     python: str | None = None
     os: str | None = None
 
@@ -98,6 +101,7 @@ def doctor() -> Machine:
         gpus=_quietly(_gpus, ()),
         engines=_engines(),
         compiler=_quietly(find_compiler, None),
+        kernels=_quietly(native.instruction_set, None),
         python=platform.python_version(),
         os=_quietly(lambda: f"{platform.system()} {platform.release()} {platform.machine()}", None),
     )
@@ -114,12 +118,7 @@ def find_compiler() -> str | None:
 def advice(machine: Machine) -> list[Advice]:
     """Conclude what compression brings on `machine`, one entry a topic."""
     return [
-        Advice(
-            "N:M sparsity, CPU",
-            "no gain",
-            "no sparse CPU kernels in this version, and PyTorch, ONNX Runtime and OpenVINO "
-            "multiply the zeros too; packed files and effective MACs do shrink",
-        ),
+        _n_of_m(machine),
         _two_four(machine),
         _int8(machine),
         _compile(machine),
@@ -149,6 +148,7 @@ def render(machine: Machine) -> str:
             for name, engine in machine.engines.items()
         ),
         ("compiler", machine.compiler or "none found"),
+        ("kernels", machine.kernels or "none compiled"),
         ("python", _or_unknown(machine.python)),
         ("os", _or_unknown(machine.os)),
     ]  # fmt: skip
@@ -160,6 +160,27 @@ def render(machine: Machine) -> str:
         text = f"{entry.verdict:<9}{entry.topic}: {entry.text}"
         lines += textwrap.wrap(text, width=100, subsequent_indent=" " * 9)
     return "\n".join(lines)
+
+
+def _n_of_m(machine: Machine) -> Advice:
+    topic = "N:M sparsity, CPU"
+    if machine.kernels is None:
+        return Advice(
+            topic,
+            "missing",
+            f"{native.missing() or 'no compiled kernels'}: install a C++ compiler (g++ or clang++) "
+            "and then tenfold again; PyTorch, ONNX Runtime and OpenVINO multiply the zeros too",
+        )
+    if machine.kernels == "portable":
+        return Advice(
+            topic, "even", "only portable kernels run on this processor: measure with tenfold bench"
+        )
+    return Advice(
+        topic,
+        "gain",
+        f"kernels for {machine.kernels}: tenfold.optimize(model, inputs) packs the layers that "
+        "they make faster; the other engines multiply the zeros too",
+    )
 
 
 def _two_four(machine: Machine) -> Advice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All that `bench` found; `to_dict` has the same names. The first model is the reference."""
+    """All that `bench` found; `to_dict` has the same names. The first model is the reference.
+
+    `plans` has what `tenfold.optimize` decided, layer by layer, by model and batch size.
+    """
 
     created: str
     command: str | None
@@ -84,6 +87,7 @@ class BenchResult:
     latency: list[LatencyRow]
     skipped: list[Skipped]
     summary: list[str]
+    plans: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -117,6 +121,7 @@ def summarise(
     for name in others:
         rows = [row for row in latency if row.model == name]
         lines += _speed(name, reference, rows)
+        lines += _fastest(name, reference, latency)
         lines += _size(name, size[name], size[reference])
         if name in accuracy and reference in accuracy:
             points = 100 * (accuracy[name] - accuracy[reference])
@@ -157,6 +162,23 @@ def _speed(name: str, reference: str, rows: Sequence[LatencyRow]) -> list[str]:
         where = len({row.runtime for row in slower})
         lines.append(
             f"{name} is slower than {reference} in {where} of {runtimes} (worst: {_at(worst)})."
+        )
+    return lines
+
+
+def _fastest(name: str, reference: str, latency: Sequence[LatencyRow]) -> list[str]:
+    """Compare each model where it is fastest, whatever the runtime: what a user would deploy."""
+    lines = []
+    for batch in sorted({row.batch for row in latency}):
+        rows = [row for row in latency if row.batch == batch]
+        ours = [row for row in rows if row.model == name]
+        theirs = [row for row in rows if row.model == reference]
+        if not ours or len(theirs) < 2:
+            continue
+        a, b = (min(each, key=lambda row: row.median_ms) for each in (ours, theirs))
+        lines.append(
+            f"At batch {batch}, {name} is fastest in {a.runtime} ({a.median_ms:.3g} ms) and "
+            f"{reference} in {b.runtime} ({b.median_ms:.3g} ms): {b.median_ms / a.median_ms:.2f}x."
         )
     return lines
 

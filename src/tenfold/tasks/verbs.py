@@ -73,7 +73,7 @@ def bench_run(
         baseline: the run that stands as "before"; by default the recipe's, else the network as it
             is built before any method.
         batch_sizes: images at a time.
-        runtimes: some of pytorch, torch.compile, onnxruntime, openvino; all by default.
+        runtimes: some of pytorch, torch.compile, onnxruntime, openvino, tenfold; all by default.
         threads: for every runtime.
         seconds: for one runtime at one batch size.
         command: what the user typed, for the record.
