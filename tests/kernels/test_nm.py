@@ -85,7 +85,7 @@ def test_conv2d_equals_the_dense_convolution_in_double_precision(data: st.DataOb
     values, scale = quantized(values, kind)
     nm.check_packed(values, index, n, m, weight[0].numel())
     bias = torch.randn(outputs) if draw(st.booleans()) else None
-    shape = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if kind == "float32":
         expected = F.conv2d(x.double(), weight.double(), double(bias), **shape)
     else:

@@ -100,8 +100,8 @@ def conv2d(
     _module.conv2d(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
         _pointer(add), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
-        *padding, *dilation, groups, channel_tile(pattern[1]), block, slots, _WEIGHT_TYPES[values.dtype],
-        _ACTIVATIONS[activation], torch.get_num_threads(),
+        *padding, *dilation, groups, channel_tile(pattern[1]), block, slots,
+        _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

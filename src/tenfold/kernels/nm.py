@@ -40,8 +40,8 @@ __all__ = [
 ACTIVATIONS = reference.ACTIVATIONS
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 # A block times the columns that the kernels take at once fills the first-level cache. Where many
-# weights are kept, fewer rows and more columns spare loads of weights; else more rows spare loads of
-# sums.
+# weights are kept, fewer rows and more columns spare loads of weights; where few are, more rows
+# spare loads of sums.
 LONGEST_BLOCK, LONGEST_DENSE_BLOCK = 128, 64
 
 
@@ -71,7 +71,7 @@ def pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
             f"weight of shape {tuple(weight.shape)}: its second axis, the input channels, doesn't "
             f"divide into blocks of {m}"
         )
-    outputs, channels = weight.shape[:2]
+    outputs, _channels = weight.shape[:2]
     groups = reference.tiled(weight.detach(), m).reshape(outputs, -1, m)
     filled = groups != 0
     counts = filled.sum(dim=2)

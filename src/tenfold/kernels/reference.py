@@ -1,10 +1,11 @@
-"""The kernels' arithmetic in plain PyTorch: what runs without the compiled extension, and the oracle.
+"""The kernels' arithmetic in plain PyTorch: the oracle, and what runs where nothing is compiled.
 
 It rebuilds the dense weight on every call, so it is as slow as a dense layer and more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,14 +44,14 @@ def channel_tile(m: int) -> int:
 
 def tiled(weight: Tensor, m: int) -> Tensor:
     """Return a weight `(O, I, *kernel)` as rows `(O, K)` in the kernels' order."""
-    tiles = weight.reshape(*weight.shape[:2], -1).split(channel_tile(m), dim=1)
+    tiles = torch.split(weight.reshape(*weight.shape[:2], -1), channel_tile(m), dim=1)
     return torch.cat([tile.transpose(1, 2).flatten(1) for tile in tiles], dim=1)
 
 
 def untiled(rows: Tensor, channels: int, kernel_size: Sequence[int], m: int) -> Tensor:
     """Undo `tiled`: return `(O, channels, *kernel_size)`."""
-    positions = kernel_size[0] * kernel_size[1]
-    tiles = rows.split(channel_tile(m) * positions, dim=1)
+    positions = math.prod(kernel_size)
+    tiles = torch.split(rows, channel_tile(m) * positions, dim=1)
     weight = torch.cat([t.reshape(len(t), positions, -1).transpose(1, 2) for t in tiles], dim=1)
     return weight.reshape(-1, channels, *kernel_size)
 
@@ -74,9 +75,7 @@ def conv2d(
     channels = x.shape[1] // groups
     rows = dense_rows(values, index, scale, pattern, kernel_size[0] * kernel_size[1] * channels)
     weight = untiled(rows, channels, kernel_size, pattern[1]).to(x.dtype)
-    y = F.conv2d(
-        x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups
-    )  # torch wants tuples
+    y = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     return ACTIVATIONS[activation](y if add is None else y + add).contiguous()
 
 

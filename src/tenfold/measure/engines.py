@@ -151,7 +151,7 @@ def _optimized(
         prepared = Prepared("tenfold", len(inputs[0]))
         for name, model in models.items():
             try:
-                fast = model if hasattr(model, "plan") else optimize(model, inputs)
+                fast: Any = model if hasattr(model, "plan") else optimize(model, inputs)
             except UserError as error:
                 prepared.skipped[name] = str(error)
                 continue

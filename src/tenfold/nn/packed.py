@@ -73,29 +73,9 @@ class PackedLayer(nn.Module):
         return weight.to(self.scale.dtype) * self.scale.reshape(-1, *[1] * (weight.dim() - 1))
 
     def stored_weight(self) -> Tensor:
-        """Return the dense weight in the type of the values: of int8, before its scale.
-
-        Which layout the values have is the kernels' affair. The operator tells it: by its gradient,
-        a value learns from an input that counts 0, 1, 2, … which place it multiplies.
-        """
-        counting = torch.arange(self.k, dtype=torch.float64)
-        outputs = torch.arange(self.shape[0], dtype=torch.float64)
-        with torch.inference_mode(False), torch.enable_grad():
-            index = self.index.cpu().clone()
-            slots = torch.zeros(self.values.shape, dtype=torch.float64, requires_grad=True)
-            products = self._multiply_plainly(counting, slots, index)
-            (place,) = torch.autograd.grad(products, slots, torch.ones_like(outputs))
-            products = self._multiply_plainly(torch.ones_like(counting), slots, index)
-            (row,) = torch.autograd.grad(products, slots, outputs)
-        dense = torch.zeros(self.shape[0] * self.k, dtype=self.values.dtype)
-        where = (row * self.k + place).to(torch.int64).flatten()
-        # Added, not set: a spare slot of zero may share the place of a value.
-        dense.scatter_add_(0, where, self.values.detach().cpu().flatten())
-        return dense.reshape(self.shape).to(self.values.device)
-
-    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        """Return the products `(O,)` of W with one input of `k` numbers, in plain PyTorch."""
-        raise NotImplementedError
+        """Return the dense weight in the type of the values: of int8, before its scale."""
+        rows = reference.dense_rows(self.values, self.index, None, (self.n, self.m), self.k)
+        return reference.untiled(rows, self.shape[1], self.shape[2:], self.m).reshape(self.shape)
 
     def macs(self, output: Tensor) -> int:
         """Return the multiply-adds of the dense layer behind an output."""
@@ -215,9 +195,6 @@ class NMLinear(PackedLayer):
         _refuse(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
 
-    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        return reference.linear(row, values, index, None, None, None, (self.n, self.m), "none")
-
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map `(..., I)` to activation(x W^T + bias + add), `(..., O)`.
 
@@ -326,14 +303,6 @@ class NMConv2d(PackedLayer):
         """
         _refuse(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
-
-    def _multiply_plainly(self, row: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        window = row.reshape(1, -1, *self.kernel_size).repeat(1, self.groups, 1, 1)
-        ones = (1, 1)
-        return reference.conv2d(
-            window, values, index, None, None, None, (self.n, self.m), self.kernel_size, ones,
-            (0, 0), ones, self.groups, "none",
-        ).flatten()  # fmt: skip
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` to activation(conv2d(x, W) + bias + add), `(B, O, OH, OW)`.
