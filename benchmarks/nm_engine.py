@@ -136,6 +136,7 @@ def conv_shapes(model: nn.Module, x: Tensor) -> Counter[tuple[Any, ...]]:
 def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
     """Time every convolution of ResNet-50 but the first alone; convolutions of equal sizes once."""
     shapes = conv_shapes(build("resnet50"), torch.randn(1, 3, 224, 224))
+    peaks = native.peak()
     rows = []
     for (inputs, outputs, kernel, stride, size), count in shapes.items():
         torch.manual_seed(SEED)
@@ -156,6 +157,9 @@ def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
                 **found,
             }
         )
+        for pattern, result in found["sparse"].items():
+            n, m = map(int, pattern.split(":"))
+            result["gmacs"] = round(macs * n / m / result["ms"] / 1e6, 1)  # of non-zeros
         speedups = " ".join(f"{k} {v['speedup']:.2f}x" for k, v in found["sparse"].items())
         print(f"  {rows[-1]['layer']:36} best {found['best_dense']:22} {speedups}", flush=True)
     total = sum(row["count"] for row in rows)
@@ -169,7 +173,8 @@ def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
         for name in rows[0]["sparse"]
     }
     print(f"  geometric mean over {total} layers: {means}")
-    return {"geometric_mean": means, "layers": total, "rows": rows}
+    peak = None if peaks is None else [round(each / 1e9, 1) for each in peaks]
+    return {"geometric_mean": means, "layers": total, "peak_gmacs_a_thread": peak, "rows": rows}
 
 
 def network(name: str, seconds: float, batch: int, threads: int) -> dict[str, Any]:

@@ -142,6 +142,83 @@ def folder_startup() -> str:
     return f"{markdown(header, rows)}\n\n{origin(found)}"
 
 
+GOALS = {"layers": "ResNet-50's convolutions", "resnet50": "ResNet-50", "deit_small": "DeiT-small"}
+
+
+def nm_engine() -> str:
+    if not (RESULTS / "nm_engine.json").is_file():
+        return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
+    found = load("nm_engine")
+    rows = []
+    for part, title in GOALS.items():
+        for cell, result in found[part].items():
+            if part == "layers":
+                speedups = [f"{value:.2f}x" for value in result["geometric_mean"].values()]
+                best = "each layer's own"
+            else:
+                speedups = [
+                    f"{value['speedup']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
+                    for value in result["sparse"].values()
+                ]
+                best = f"{result['best_dense']}, {result['dense_ms'][result['best_dense']]:.1f} ms"
+            rows.append([title, cell, best, *speedups])
+            title = ""
+    patterns = list(next(iter(found["resnet50"].values()))["sparse"])
+    return f"{markdown(['', 'cell', 'fastest dense', *patterns], rows)}\n\n{nm_origin(found)}"
+
+
+def nm_layers() -> str:
+    if not (RESULTS / "nm_engine.json").is_file():
+        return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
+    found = load("nm_engine")
+    cell, result = next(iter(found["layers"].items()))
+    rows = [
+        [
+            row["layer"],
+            str(row["count"]),
+            f"{row['best_dense']}, {row['dense_ms'][row['best_dense']]:.3f} ms",
+            *[f"{v['speedup']:.2f}x, {v['gmacs']:.0f}" for v in row["sparse"].values()],
+        ]
+        for row in result["rows"]
+    ]
+    patterns = list(result["geometric_mean"])
+    registers, cache = result["peak_gmacs_a_thread"]
+    note = (
+        f"{cell}. Beside the speedup: billions of multiply-adds a second, of non-zeros alone. The "
+        f"most that a thread of this machine does is {registers:.0f} with all operands in registers "
+        f"and {cache:.0f} with one of them in the first-level cache."
+    )
+    header = ["layer", "times", "fastest dense", *patterns]
+    return f"{markdown(header, rows)}\n\n{note}\n\n{nm_origin(found)}"
+
+
+def nm_costs() -> str:
+    if not (RESULTS / "nm_engine.json").is_file():
+        return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
+    found = load("nm_engine")
+    extras = found["extras"]
+    rows = [
+        [
+            name,
+            f"{extras['disk_bytes'][name] / 2**20:.1f} MiB",
+            f"{extras['memory_mib'][name]:.0f} MiB",
+            f"{extras['packing_seconds'][name]:.1f} s" if name in extras["scaling"] else "",
+            f"{extras['scaling'][name]:.2f}x" if name in extras["scaling"] else "",
+        ]
+        for name in extras["disk_bytes"]
+    ]
+    header = ["ResNet-50", "on disk", "memory of a batch of 8", "to pack", "two threads for one"]
+    sizes = [[size, f"{ms:.2f} ms"] for size, ms in extras["sizes"].items()]
+    return (
+        f"{markdown(header, rows)}\n\n{markdown(['2:4, one thread', 'an image'], sizes)}\n\n"
+        f"{nm_origin(found)}"
+    )
+
+
+def nm_origin(found: dict[str, Any]) -> str:
+    return origin({**found, "threads": f"{found['kernels']} kernels, 1 and 2"})
+
+
 def quickstart() -> str:
     return bench_table("quickstart")
 
@@ -182,6 +259,9 @@ LABELS = {"dense": "dense", "magnitude": "magnitude", "srste": "SR-STE", "lbc": 
 TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy": lbc_accuracy,
     "lbc_accuracy_gpu": lbc_accuracy_gpu,
+    "nm_engine": nm_engine,
+    "nm_layers": nm_layers,
+    "nm_costs": nm_costs,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,

@@ -21,8 +21,11 @@ using Address = std::uintptr_t;
 struct Kernels {
   bool (*conv2d)(const Conv2d&);
   bool (*linear)(const Linear&);
+  double (*peak)(bool);
 };
-Kernels kernels{tenfold::portable::nm_conv2d, tenfold::portable::nm_linear};
+#define TENFOLD_KERNELS(isa) \
+  { tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak }
+Kernels kernels = TENFOLD_KERNELS(portable);
 
 // Best first.
 std::vector<std::string> instruction_sets() {
@@ -45,16 +48,16 @@ std::vector<std::string> instruction_sets() {
 void use(const std::string& name) {
 #if defined(TENFOLD_X86)
   if (name == "avx512") {
-    kernels = {tenfold::avx512::nm_conv2d, tenfold::avx512::nm_linear};
+    kernels = TENFOLD_KERNELS(avx512);
     return;
   }
   if (name == "avx2") {
-    kernels = {tenfold::avx2::nm_conv2d, tenfold::avx2::nm_linear};
+    kernels = TENFOLD_KERNELS(avx2);
     return;
   }
 #endif
   // On Arm the portable kernels' vectors are NEON's.
-  kernels = {tenfold::portable::nm_conv2d, tenfold::portable::nm_linear};
+  kernels = TENFOLD_KERNELS(portable);
 }
 
 Weight weight_of(Address values, Address index, Address scale, Address bias, long rows, long k, long tile,
@@ -133,4 +136,5 @@ NB_MODULE(_kernels, m) {
   m.def("use", use);
   m.def("conv2d", conv2d);
   m.def("linear", linear);
+  m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

@@ -52,11 +52,13 @@ struct Linear {
   int threads;
 };
 
-// Each returns false if it ran out of memory.
+// The kernels return false if they ran out of memory. `peak` measures the most multiply-adds a second
+// of one thread: all operands in registers, or one of them in the first-level cache.
 #define TENFOLD_DECLARE(isa)      \
   namespace isa {                 \
   bool nm_conv2d(const Conv2d&);  \
   bool nm_linear(const Linear&);  \
+  double peak(bool from_cache);   \
   }
 TENFOLD_DECLARE(avx512)
 TENFOLD_DECLARE(avx2)

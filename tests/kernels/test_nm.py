@@ -370,3 +370,12 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert (
         "TENFOLD_KERNELS=avx1024: expected reference or one that this processor runs" in done.stderr
     )
+
+
+def test_the_peak_is_more_with_registers_than_with_the_cache() -> None:
+    peaks = native.peak()
+    if peaks is None:
+        assert native.missing()
+    else:
+        assert peaks[0] > 1e9
+        assert 0.2 * peaks[0] < peaks[1] < 1.2 * peaks[0]

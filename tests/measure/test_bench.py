@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import UserError
+from tenfold.kernels import native
 from tenfold.measure import engines
 from tenfold.measure.bench import bench
 from tenfold.measure.result import LatencyRow, SizeRow, Skipped, summarise
@@ -71,7 +72,7 @@ def test_schema_table_and_unchanged_models(image_model, tmp_path):
     stored = json.loads(result.save(tmp_path / "new" / "bench.json").read_text())
     assert list(stored) == [
         "format", "created", "command", "seed", "threads", "machine", "versions", "models",
-        "accuracy", "size", "latency", "skipped", "summary",
+        "accuracy", "size", "latency", "skipped", "summary", "plans",
     ]  # fmt: skip
     assert (stored["format"], stored["seed"], stored["command"]) == (1, 5, "tenfold bench")
     assert stored["models"] == ["dense", "lbc"]
@@ -201,3 +202,33 @@ def test_summary_says_gain_loss_and_a_busy_machine():
     assert lines[2].startswith("lbc needs 2.00x fewer multiply-adds")
     assert "busy: times of one model spread by up to 3.0x" in lines[3]
     assert lines[4] == "Skipped torch.compile: no compiler."
+
+
+def test_the_runtime_tenfold_says_what_it_chose_and_the_best_of_each_is_compared():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x).relu()
+
+    dense, sparse = Net(), Net()
+    with torch.no_grad():
+        sparse.conv.weight[:, torch.arange(64) % 16 > 0] = 0  # 1:16
+    result = bench(
+        {"dense": dense, "sparse": sparse},
+        torch.randn(1, 64, 20, 20),
+        batch_sizes=(1,),
+        runtimes=["pytorch", "tenfold"],
+        seconds=0.1,
+        threads=1,
+    )
+    assert {row.runtime for row in result.latency} >= {"pytorch", "tenfold"}
+    (layer,) = result.plans["sparse"]["1"]["layers"]
+    assert layer["pattern"] == "1:16"
+    assert result.plans["dense"]["1"]["layers"][0]["pattern"] is None
+    if native.missing() is None:
+        assert (layer["chosen"], layer["fused"]) == ("packed", "relu")
+    assert sum("fastest in" in line for line in result.summary) == 1
+    assert json.loads(json.dumps(result.to_dict()))["plans"] == result.plans

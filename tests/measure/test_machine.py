@@ -109,7 +109,7 @@ def test_doctor_on_this_machine():
 def test_advice_on_a_bare_machine():
     found = verdicts(Machine(instruction_sets=("avx2",)))
     assert found == {
-        "N:M sparsity, CPU": "no gain",
+        "N:M sparsity, CPU": "missing",
         "2:4 sparsity, GPU": "missing",
         "int8, CPU": "even",
         "torch.compile": "missing",
@@ -125,10 +125,14 @@ def test_advice_on_a_rich_machine():
             gpus=(Gpu("Example GPU", "10.0", 2**34),),
             engines={"onnxruntime": Engine("1"), "openvino": Engine("1")},
             compiler="g++",
+            kernels="avx2",
         )
     )
-    assert found.pop("N:M sparsity, CPU") == "no gain"
     assert set(found.values()) == {"gain"}
+
+
+def test_portable_kernels_promise_nothing():
+    assert verdicts(Machine(kernels="portable"))["N:M sparsity, CPU"] == "even"
 
 
 def test_two_four_needs_compute_capability_8():

@@ -16,7 +16,7 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels.reference import channel_tile
 
-__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "usable"]
+__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "peak", "usable"]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -53,6 +53,15 @@ def instruction_set() -> str | None:
 def missing() -> str | None:
     """Return why there are no compiled kernels, or None."""
     return _state if _module is None else None
+
+
+def peak() -> tuple[float, float] | None:
+    """Return the most multiply-adds a second of one thread, measured now, or None without kernels.
+
+    The first figure is with all operands in registers, the second with one of them in the
+    first-level cache, which is what a sparse product needs.
+    """
+    return None if _module is None else (_module.peak(False), _module.peak(True))
 
 
 def fits(x: Tensor) -> bool:
