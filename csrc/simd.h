@@ -25,6 +25,10 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+template <class T>
+constexpr T smaller(T a, T b) { return a < b ? a : b; }
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
 template <int lanes>
 struct Simd {
   typedef float Float __attribute__((vector_size(4 * lanes)));

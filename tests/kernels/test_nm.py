@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,3 +380,30 @@ def test_the_peak_is_more_with_registers_than_with_the_cache() -> None:
     else:
         assert peaks[0] > 1e9
         assert 0.2 * peaks[0] < peaks[1] < 1.2 * peaks[0]
+
+
+THREADS = """
+import os, torch
+from tenfold.kernels import native, nm
+torch.set_num_threads(2)
+def threads(): return len(os.listdir("/proc/self/task"))
+a = torch.randn(600, 600)
+a @ a; torch.randn(1 << 22).sin()
+before = threads()
+weight = torch.zeros(64, 64, 3, 3); weight[:, ::4] = torch.randn(64, 16, 3, 3)
+values, index = nm.pack(weight, 1, 4)
+for _ in range(3):
+    nm.conv2d(torch.randn(1, 64, 40, 40), values, index, None, None, None, (1, 4), (3, 3))
+print(native.instruction_set(), before, threads())
+"""
+
+
+def test_kernels_run_on_pytorchs_own_threads() -> None:
+    """One pool of threads for both: nothing is oversubscribed."""
+    if native.missing() or not Path("/proc/self/task").is_dir():
+        pytest.skip("needs compiled kernels and /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True, check=True
+    )
+    _, before, after = done.stdout.split()
+    assert int(after) == int(before)
