@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tenfold.errors import StateError, UserError
-from tenfold.nn.packed import NMConv2d, NMLinear, unpackable
+from tenfold.nn.packable import unpackable
+from tenfold.nn.packed import NMConv2d, NMLinear
 from tests.pruning import pruned
 
 pytestmark = pytest.mark.parity

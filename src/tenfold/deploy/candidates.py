@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tenfold.measure.inputs import run_once
 from tenfold.nn.blocks import nm_pattern
-from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer, unpackable
+from tenfold.nn.packable import unpackable
+from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
 
 __all__ = ["Layer", "find_layers", "pack", "replace_layers"]
 

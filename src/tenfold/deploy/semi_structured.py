@@ -8,7 +8,7 @@ is how its blocks are made; `F.unfold` orders (channel, ky, kx), hence the permu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import UserError
 from tenfold.nn.blocks import to_blocks
-from tenfold.nn.packed import fixed_padding
+from tenfold.nn.packable import fixed_padding, pair
 
 __all__ = [
     "SemiStructuredConv2d",
@@ -54,8 +54,8 @@ class Sizes:
     def of(cls, layer: nn.Conv2d) -> Self:
         """Read them from a layer; padding that is no number raises a UserError."""
         return cls(
-            _pair(layer.kernel_size), _pair(layer.stride), fixed_padding(layer),
-            _pair(layer.dilation),
+            pair(layer.kernel_size), pair(layer.stride), fixed_padding(layer),
+            pair(layer.dilation),
         )  # fmt: skip
 
     def output(self, height: int, width: int) -> tuple[int, int]:
@@ -180,8 +180,3 @@ class SemiStructuredConv2d(SemiStructuredLayer):
         height, width = self.sizes.output(x.shape[2], x.shape[3])
         rows = F.linear(columns(x, self.sizes), self.compressed, self.bias)
         return rows.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
-
-
-def _pair(given: Any) -> tuple[int, int]:
-    first, second = given
-    return int(first), int(second)

@@ -12,7 +12,7 @@ layout `values` and `index` are. All tensors are buffers, since such a layer isn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tenfold.errors import StateError, UserError, unknown_name
 from tenfold.kernels import nm, reference
+from tenfold.nn.packable import fixed_padding, pair, refuse_unpackable
 
-__all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer", "fixed_padding", "unpackable"]
+__all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -192,7 +193,7 @@ class NMLinear(PackedLayer):
         Raises:
             UserError: a weight that isn't N:M; the layer and its first offending block are named.
         """
-        _refuse(layer, name)
+        refuse_unpackable(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -273,12 +274,12 @@ class NMConv2d(PackedLayer):
         return cls(
             layer.in_channels,
             layer.out_channels,
-            _pair(layer.kernel_size),
+            pair(layer.kernel_size),
             n,
             m,
-            stride=_pair(layer.stride),
+            stride=pair(layer.stride),
             padding=fixed_padding(layer),
-            dilation=_pair(layer.dilation),
+            dilation=pair(layer.dilation),
             groups=layer.groups,
             bias=layer.bias is not None if bias is None else bias,
             precision=precision,
@@ -301,7 +302,7 @@ class NMConv2d(PackedLayer):
             UserError: a weight that isn't N:M (the layer and its first offending block are named),
                 or padding that a packed layer doesn't have.
         """
-        _refuse(layer, name)
+        refuse_unpackable(layer, name)
         return cls.like(layer, n, m, precision)._fill(layer, name)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -343,72 +344,6 @@ class NMConv2d(PackedLayer):
                 parts.append(f"{name}={getattr(self, name)}")
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         return ", ".join([*parts, self._described()])
-
-
-def unpackable(layer: nn.Module) -> str | None:
-    """Say why a convolution or linear layer can't be packed whatever its zeros, or None."""
-    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    if not isinstance(layer, kind):
-        return f"{type(layer).__name__} is no Conv2d or Linear"
-    # Subclasses may compute something else, parametrized layers make their weight on the fly.
-    own = type(layer)
-    if own.forward is not kind.forward or getattr(own, "_conv_forward", None) is not getattr(
-        kind, "_conv_forward", None
-    ):
-        return f"{own.__name__} has a forward of its own"
-    if nn.utils.parametrize.is_parametrized(layer):
-        return "its tensors are parametrized: call finalize on the method first"
-    if _hooked(layer):
-        return "it has hooks, which a packed layer would lose"
-    if not layer.weight.is_floating_point():
-        return f"its weight is {layer.weight.dtype}"
-    padding = _padding(layer) if isinstance(layer, nn.Conv2d) else None
-    return padding if isinstance(padding, str) else None
-
-
-def fixed_padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """Return the zeros that a convolution puts at every side, in height and width.
-
-    Raises:
-        UserError: padding that can't be said in two numbers, or isn't of zeros.
-
-    >>> fixed_padding(nn.Conv2d(1, 1, (3, 5), padding="same"))
-    (1, 2)
-    """
-    padding = _padding(layer)
-    if isinstance(padding, str):
-        raise UserError(padding)
-    return padding
-
-
-def _hooked(layer: nn.Module) -> bool:
-    hooks: Sequence[Mapping[int, Any]] = (layer._forward_hooks, layer._forward_pre_hooks)
-    return any(hooks)
-
-
-def _refuse(layer: nn.Module, name: str | None) -> None:
-    why = unpackable(layer)
-    if why is not None:
-        raise UserError(f"{name or type(layer).__name__} can't be packed: {why}")
-
-
-def _padding(layer: nn.Conv2d) -> tuple[int, int] | str:
-    """Return the zeros at every side, or why that can't be said in two numbers."""
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}; packed layers pad with zeros"
-    if layer.padding == "valid":
-        return 0, 0
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        if any(t % 2 for t in total):
-            return f'padding="same" of an even kernel {layer.kernel_size} has uneven sides'
-        return total[0] // 2, total[1] // 2
-    return _pair(layer.padding)
-
-
-def _pair(given: Any) -> tuple[int, int]:
-    first, second = given
-    return int(first), int(second)
 
 
 def _finish(
