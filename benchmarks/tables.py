@@ -184,9 +184,9 @@ def nm_layers() -> str:
     patterns = list(result["geometric_mean"])
     registers, cache = result["peak_gmacs_a_thread"]
     note = (
-        f"{cell}. Beside the speedup: billions of multiply-adds a second, of non-zeros alone. The "
-        f"most that a thread of this machine does is {registers:.0f} with all operands in registers "
-        f"and {cache:.0f} with one of them in the first-level cache."
+        f"{cell}. Beside the speedup: billions of multiply-adds a second, of non-zeros alone. A "
+        f"thread of this machine does at most {registers:.0f} with all operands in registers, and "
+        f"{cache:.0f} with one of them in the first-level cache."
     )
     header = ["layer", "times", "fastest dense", *patterns]
     return f"{markdown(header, rows)}\n\n{note}\n\n{nm_origin(found)}"
