@@ -16,7 +16,6 @@ import copy
 import gc
 import json
 import math
-import os
 import resource
 import shlex
 import statistics
@@ -73,10 +72,15 @@ def build(name: str) -> nn.Module:
 def dense_calls(
     model: nn.Module, x: Tensor, threads: int, folder: Path
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Return the dense model in every engine, and why some are missing."""
+    """Return the dense model in every engine, and why some are missing.
+
+    Exporting takes long, and the file is for any batch size: `folder` keeps it for later cells.
+    """
     calls: dict[str, Callable[[], object]] = {}
     skipped: dict[str, str] = {}
-    files = OnnxFiles({"dense": model}, (x,), {}, folder)
+    folder.mkdir(exist_ok=True)
+    known = {"dense": file for file in folder.glob("*.onnx")}
+    files = OnnxFiles({"dense": model}, (x,), known, folder)
     for runtime in RUNTIMES:
         for prepared in prepare(runtime, {"dense": model}, [(x,)], threads, files):
             if "dense" in prepared.calls:
@@ -87,12 +91,17 @@ def dense_calls(
 
 
 def compare(
-    model: nn.Module, sparse: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float
+    model: nn.Module,
+    sparse: Mapping[str, nn.Module],
+    x: Tensor,
+    threads: int,
+    seconds: float,
+    folder: Path,
 ) -> dict[str, Any]:
     """Time the dense model in every engine and the sparse ones, all in turn."""
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        calls, skipped = dense_calls(model, x, threads, Path(folder))
+    with torch.inference_mode():
+        calls, skipped = dense_calls(model, x, threads, folder)
         dense = list(calls)
         for name, fast in sparse.items():
             calls[name] = lambda fast=fast: fast(x)
@@ -133,7 +142,7 @@ def conv_shapes(model: nn.Module, x: Tensor) -> Counter[tuple[Any, ...]]:
     return found
 
 
-def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
+def layers(seconds: float, batch: int, threads: int, folder: Path) -> dict[str, Any]:
     """Time every convolution of ResNet-50 but the first alone; convolutions of equal sizes once."""
     shapes = conv_shapes(build("resnet50"), torch.randn(1, 3, 224, 224))
     peaks = native.peak()
@@ -146,7 +155,8 @@ def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
             f"{n}:{m}": tenfold.optimize(prune(layer, n, m), x, choose="packed").network
             for n, m in PATTERNS
         }
-        found = compare(layer, sparse, x, threads, seconds / 8)
+        name = f"{inputs}-{outputs}-{kernel}-{stride}-{size}"
+        found = compare(layer, sparse, x, threads, seconds / 8, folder / name)
         out = (size + 2 * (kernel // 2) - kernel) // stride + 1
         macs = batch * inputs * outputs * kernel**2 * out**2
         rows.append(
@@ -177,13 +187,13 @@ def layers(seconds: float, batch: int, threads: int) -> dict[str, Any]:
     return {"geometric_mean": means, "layers": total, "peak_gmacs_a_thread": peak, "rows": rows}
 
 
-def network(name: str, seconds: float, batch: int, threads: int) -> dict[str, Any]:
+def network(name: str, seconds: float, batch: int, threads: int, folder: Path) -> dict[str, Any]:
     """Time a whole network; every layer's form is chosen by `tenfold.optimize` here."""
     torch.set_num_threads(threads)
     model = build(name)
     x = torch.randn(batch, 3, 224, 224)
     sparse = {f"{n}:{m}": tenfold.optimize(prune(model, n, m), x) for n, m in PATTERNS}
-    found = compare(model, sparse, x, threads, seconds)
+    found = compare(model, sparse, x, threads, seconds, folder / name)
     for pattern, fast in sparse.items():
         choices = Counter(row.chosen for row in fast.plan.layers)
         found["sparse"][pattern]["chosen"] = dict(choices)
@@ -272,23 +282,27 @@ def main() -> None:
     if given.peak:
         print(memory_peak(given.peak, batch=8))
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
     path = RESULTS / f"{given.output}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     results: dict[str, Any] = {key: kept.get(key, {}) for key in parts}
     results["kernels"] = native.instruction_set()
-    for threads in given.threads:
-        for batch in given.batches:
-            for part in given.only:
-                if part == "extras":
-                    continue
-                print(f"{part}, batch {batch}, {threads} threads", flush=True)
-                cell = f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
-                if part == "layers":
-                    results[part][cell] = layers(given.seconds, batch, threads)
-                else:
-                    results[part][cell] = network(part, given.seconds, batch, threads)
-                save(given.output, shlex.join(["python", *sys.argv]), SEED, results)
+    cells = [
+        (part, batch, threads)
+        for threads in given.threads
+        for batch in given.batches
+        for part in given.only
+        if part != "extras"
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for part, batch, threads in cells:
+            cell = f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
+            print(f"{part}, {cell}", flush=True)
+            results[part][cell] = (
+                layers(given.seconds, batch, threads, Path(folder))
+                if part == "layers"
+                else network(part, given.seconds, batch, threads, Path(folder))
+            )
+            save(given.output, shlex.join(["python", *sys.argv]), SEED, results)
     if "extras" in given.only:
         results["extras"] = extras(given.seconds)
         save(given.output, shlex.join(["python", *sys.argv]), SEED, results)
