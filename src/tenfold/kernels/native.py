@@ -96,19 +96,17 @@ def conv2d(
     out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     block = slots // pattern[0] * pattern[1]
     weights = kernel_size[0] * kernel_size[1] * (channels // groups)
-    if -(-weights // block) != blocks or rows % groups or out_height < 1 or out_width < 1:
+    fits = -(-weights // block) == blocks and weights % pattern[1] == 0 and rows % groups == 0
+    if not fits or out_height < 1 or out_width < 1:
         raise UserError(
             f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
             f"values, kernel {tuple(kernel_size)} and {groups} groups"
         )
     out = torch.empty((batch, rows, out_height, out_width))
-    if add is not None and add.shape != out.shape:
-        raise UserError(f"add has shape {tuple(add.shape)}: expected {tuple(out.shape)}")
-    x = x.contiguous()
-    add = None if add is None else add.contiguous()
+    x, add = x.contiguous(), None if add is None else add.contiguous()
     _module.conv2d(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
-        _pointer(add), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
+        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
         *padding, *dilation, groups, channel_tile(pattern[1]), block, slots,
         _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
@@ -129,24 +127,30 @@ def linear(
     features = x.shape[-1]
     blocks, rows, slots = values.shape
     block = slots // pattern[0] * pattern[1]
-    if -(-features // block) != blocks:
+    if -(-features // block) != blocks or features % pattern[1]:
         raise UserError(
             f"input {tuple(x.shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
             "values"
         )
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], rows))
-    if add is not None and add.shape != out.shape:
-        raise UserError(f"add has shape {tuple(add.shape)}: expected {tuple(out.shape)}")
     add = None if add is None else add.contiguous()
     tokens = x.numel() // features
     _module.linear(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer(scale), _pointer(bias),
-        _pointer(add), out.data_ptr(), tokens, features, rows, features, block, slots,
+        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(), tokens, features, rows, features, block, slots,
         _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:
+    """Return the address of a tensor that the kernel reads as float32 of that shape."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+        raise UserError(
+            f"{name} has type {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
+            f"torch.float32 and {tuple(shape)}"
+        )
+    return tensor.data_ptr()
