@@ -3,10 +3,11 @@
     python benchmarks/nm_engine.py [--only layers resnet50 deit_small extras] [--seconds 1.0]
 
 All contenders of a cell run in one process, in turn, with the same number of threads, in float32:
-the dense model in PyTorch eager (both memory formats), torch.compile, ONNX Runtime and OpenVINO,
-and the sparse ones with `tenfold.optimize`. A speedup is against the fastest dense contender of
-that cell, whichever it is. Weights are random and cut to their pattern by magnitude; speed doesn't
-depend on their values. Finished parts stay in the results file, so that parts can be run apart.
+the dense model in PyTorch eager (both memory formats), torch.compile, ONNX Runtime, OpenVINO and
+with `tenfold.optimize`, and the sparse ones with `tenfold.optimize`. A speedup is against the
+fastest dense contender of that cell, whichever it is. Weights are random and cut to their pattern
+by magnitude; speed doesn't depend on their values. Finished parts stay in the results file, so that
+parts can be run apart.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def dense_calls(
     calls: dict[str, Callable[[], object]] = {}
     skipped: dict[str, str] = {}
     folder.mkdir(exist_ok=True)
-    known = {"dense": file for file in folder.glob("*.onnx")}
-    files = OnnxFiles({"dense": model}, (x,), known, folder)
+    kept = list(folder.glob("*.onnx"))
+    files = OnnxFiles({"dense": model}, (x,), {"dense": kept[0]} if kept else {}, folder)
     for runtime in RUNTIMES:
         for prepared in prepare(runtime, {"dense": model}, [(x,)], threads, files):
             if "dense" in prepared.calls:

@@ -230,9 +230,9 @@ def test_inputs_that_do_not_fit_are_refused_before_the_kernel_reads_them() -> No
     x = torch.randn(1, 16, 5, 5)
     with pytest.raises(UserError, match=r"add has type .* shape \(1, 8, 4, 4\): expected"):
         nm.conv2d(x, *arguments[:4], torch.randn(1, 8, 4, 4), *arguments[5:])
-    with pytest.raises(UserError, match="add has type torch.float64"):
+    with pytest.raises(UserError, match=r"add has type torch\.float64"):
         nm.conv2d(x, *arguments[:4], torch.randn(1, 8, 5, 5).double(), *arguments[5:])
-    with pytest.raises(UserError, match="bias has type torch.bfloat16"):
+    with pytest.raises(UserError, match=r"bias has type torch\.bfloat16"):
         nm.conv2d(x, *arguments[:3], torch.zeros(8).bfloat16(), *arguments[4:])
     values, index = nm.pack(sparse(torch.randn(8, 16), 2, 4), 2, 4)
     with pytest.raises(UserError, match="doesn't fit"):

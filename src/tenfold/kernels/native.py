@@ -106,9 +106,10 @@ def conv2d(
     x, add = x.contiguous(), None if add is None else add.contiguous()
     _module.conv2d(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(), batch, channels, height, width, rows, *kernel_size, *stride,
-        *padding, *dilation, groups, channel_tile(pattern[1]), block, slots,
-        _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
+        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
+        batch, channels, height, width, rows, *kernel_size, *stride, *padding, *dilation, groups,
+        channel_tile(pattern[1]), block, slots, _WEIGHT_TYPES[values.dtype],
+        _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -138,8 +139,9 @@ def linear(
     tokens = x.numel() // features
     _module.linear(
         x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(), tokens, features, rows, features, block, slots,
-        _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
+        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
+        tokens, features, rows, features, block, slots, _WEIGHT_TYPES[values.dtype],
+        _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
