@@ -3,6 +3,7 @@
     python benchmarks/lbc.py                        # the small setting, for two CPU cores
     python benchmarks/lbc.py --minutes 9            # stop cleanly after 9 minutes; repeat to go on
     python benchmarks/lbc.py --full --minutes 9     # 200 epochs on all images, on a GPU
+    python benchmarks/lbc.py --methods random --patterns 2:4    # a control beside them
     python benchmarks/lbc.py --smoke vit            # a ViT trains and finalizes exactly: a minute
 
 All runs of a seed share initial weights, order of the data, augmentation, optimizer and schedule
@@ -32,7 +33,7 @@ from common import RESULTS, save
 from paired import difference, spread
 from tenfold.data import ImageData, create
 from tenfold.errors import UserError, unknown_name
-from training import METHODS, Clock, Run, Settings, train
+from training import CONTROL, METHODS, Clock, Run, Settings, train
 
 RUNS = Path("runs")
 DATA = "npz:../shared/data/"
@@ -96,7 +97,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--patterns", nargs="+", help="such as 2:4 1:16")
-    parser.add_argument("--methods", nargs="+", help=" ".join(METHODS))
+    parser.add_argument("--methods", nargs="+", help=" ".join((*METHODS, CONTROL)))
     parser.add_argument("--minutes", type=float, help="start no epoch that would end later")
     parser.add_argument("--output", help="name of the file in benchmarks/results")
     given = parser.parse_args(words)
@@ -115,8 +116,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 def grid(seeds: Sequence[int], patterns: Sequence[str], methods: Sequence[str]) -> list[Run]:
     """List the runs, seed by seed; dense comes first, because magnitude begins with its half."""
     for method in methods:
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
+        if method not in (*METHODS, CONTROL):
+            raise unknown_name("method", method, (*METHODS, CONTROL))
     pairs = []
     for pattern in patterns:
         n, _, m = pattern.partition(":")
@@ -145,7 +146,9 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"dense": {"dense": spread(dense)}} if dense else {}
     for pattern, method in accuracy:
         others = {"dense": dense} | {
-            rival: accuracy.get((pattern, rival), {}) for rival in METHODS[1:] if rival != method
+            rival: accuracy.get((pattern, rival), {})
+            for rival in (*METHODS[1:], CONTROL)
+            if rival != method
         }
         versus = {
             name: difference(accuracy[pattern, method], values) for name, values in others.items()
@@ -189,9 +192,10 @@ class Results:
     def add(self, run: Run, result: dict[str, Any]) -> None:
         with locked(self.folder / "results.lock", wait=True):
             runs = {**self.runs, run.name: result}
+            commands = self._read().get("command", self.command).split("; ")
             save(
                 self.output,
-                self.command,
+                "; ".join(dict.fromkeys([*commands, self.command])),
                 sorted({entry["seed"] for entry in runs.values()}),
                 {
                     "threads": torch.get_num_threads(),

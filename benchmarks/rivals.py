@@ -1,4 +1,4 @@
-"""The two rivals that LBC is measured against, on the same contract and the same layers.
+"""The rivals and the control that LBC is measured beside, on its contract and its layers.
 
 Magnitude, NVIDIA's ASP recipe: train dense, once remove all but the N largest weights of every M,
 then go on training with that mask. Attaching is the moment of pruning. ASP trains to the end and
@@ -11,6 +11,9 @@ straight through it to all weights, and pruned ones are drawn to zero:
 
     forward    W_eff = mask(W) * W
     backward   dL/dW = dL/dW_eff + decay * (1 - mask(W)) * W
+
+And a control, random removal: LBC whose scores are random numbers at each removal. What LBC reaches
+beyond it is what its scores add.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import UserError
 from tenfold.methods import LBC, Kind, LayerPlan, Method, Stage
 from tenfold.methods.lbc import Mask
+from tenfold.methods.scores import AccumulatorScores, Scores
 from tenfold.nn.blocks import from_blocks, to_blocks
 
 
@@ -121,3 +126,18 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         weight, pruned = ctx.saved_tensors
         return gradient + ctx.decay * (weight * pruned), None, None, None
+
+
+class RandomScores(AccumulatorScores):
+    name = "random"
+
+    def of_candidates(self, part: slice) -> Tensor:
+        return torch.rand_like(super().of_candidates(part))
+
+
+@dataclass(kw_only=True, eq=False)
+class RandomRemoval(LBC):
+    """LBC's schedule and candidates, with random numbers in the place of its scores."""
+
+    def _make_scores(self, weight: Tensor, optimizer: Optimizer) -> Scores:
+        return RandomScores(weight.detach(), self._table, self.m)

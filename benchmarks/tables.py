@@ -96,7 +96,9 @@ def accuracy_table(name: str, command: str) -> str:
     if not (RESULTS / f"{name}.json").is_file():
         return f"*Not measured yet: `{command}`.*"
     found = load(name)
-    others = ("dense", "magnitude", "srste")
+    others = ["dense", "magnitude", "srste"]
+    if any("random" in methods for methods in found["accuracy"].values()):
+        others.append("random")
     rows = []
     for pattern, methods in found["accuracy"].items():
         for method, entry in methods.items():
@@ -254,7 +256,13 @@ def bench_table(name: str) -> str:
     return f"{markdown(header, rows)}\n{skipped}\n{origin(found)}"
 
 
-LABELS = {"dense": "dense", "magnitude": "magnitude", "srste": "SR-STE", "lbc": "LBC"}
+LABELS = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "srste": "SR-STE",
+    "lbc": "LBC",
+    "random": "random removal",
+}
 
 TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy": lbc_accuracy,

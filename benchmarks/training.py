@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rivals import SRSTE, Magnitude
+from rivals import SRSTE, Magnitude, RandomRemoval
 from tenfold import evaluate
 from tenfold.data import ImageData
 from tenfold.data.randomness import mix_one
@@ -27,6 +27,7 @@ from tenfold.nn.blocks import to_blocks
 from tenfold.tasks.optimization import make_optimizer, make_schedule
 
 METHODS = ("dense", "magnitude", "srste", "lbc")
+CONTROL = "random"  # run when asked for by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class Run:
             return Magnitude(n=self.n, m=self.m)
         if self.method == "srste":
             return SRSTE(n=self.n, m=self.m)
+        if self.method == CONTROL:
+            return RandomRemoval(n=self.n, m=self.m, preset=preset)
         if self.method == "lbc":
             return LBC(n=self.n, m=self.m, preset=preset)
         return None
