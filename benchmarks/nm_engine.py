@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import math
@@ -213,6 +214,7 @@ def memory_peak(pattern: str, batch: int) -> float:
         n, m = map(int, pattern.split(":"))
         model = tenfold.optimize(prune(model, n, m), x[:1], choose="packed")
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building left behind would be taken first, unseen
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the peak starts anew
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -287,11 +289,13 @@ def main() -> None:
     kept = json.loads(path.read_text()) if path.is_file() else {}
     results: dict[str, Any] = {key: kept.get(key, {}) for key in parts}
     results["kernels"] = native.instruction_set()
+    commands = [*filter(None, kept.get("command", "").split("; "))]
+    command = "; ".join(dict.fromkeys([*commands, shlex.join(["python", *sys.argv])]))
     cells = [
         (part, batch, threads)
+        for part in given.only
         for threads in given.threads
         for batch in given.batches
-        for part in given.only
         if part != "extras"
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -303,10 +307,10 @@ def main() -> None:
                 if part == "layers"
                 else network(part, given.seconds, batch, threads, Path(folder))
             )
-            save(given.output, shlex.join(["python", *sys.argv]), SEED, results)
+            save(given.output, command, SEED, results)
     if "extras" in given.only:
         results["extras"] = extras(given.seconds)
-        save(given.output, shlex.join(["python", *sys.argv]), SEED, results)
+        save(given.output, command, SEED, results)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def nm_layers() -> str:
     if not (RESULTS / "nm_engine.json").is_file():
         return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
     found = load("nm_engine")
+    if not found["layers"]:
+        return "*Not measured yet: `python benchmarks/nm_engine.py --only layers`.*"
     cell, result = next(iter(found["layers"].items()))
     rows = [
         [
@@ -199,6 +201,8 @@ def nm_costs() -> str:
         return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
     found = load("nm_engine")
     extras = found["extras"]
+    if not extras:
+        return "*Not measured yet: `python benchmarks/nm_engine.py --only extras`.*"
     rows = [
         [
             name,

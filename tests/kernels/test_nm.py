@@ -383,7 +383,7 @@ def test_the_peak_is_more_with_registers_than_with_the_cache() -> None:
     if peaks is None:
         assert native.missing()
     else:
-        assert peaks[0] > 1e9
+        assert 1e9 < peaks[0] < 2e11  # two AVX-512 units at 6 GHz
         assert 0.2 * peaks[0] < peaks[1] < 1.2 * peaks[0]
 
 
