@@ -37,8 +37,8 @@ struct Runs {
 struct Piece {
   int begin, end;
   Lanes lanes;
-  long source;      // of lane 0, from the channel's plane; the lane itself may lie outside
-  bool last;        // piece of its vector; lanes in no piece are padding
+  long source;  // of lane 0, from the channel's plane; the lane itself may lie outside
+  bool last;    // piece of its vector; lanes in no piece are padding
 };
 constexpr long kPieceFloats = sizeof(Piece) / sizeof(float);
 
