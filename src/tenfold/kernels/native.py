@@ -6,6 +6,7 @@ for plain PyTorch. Without it the best that this processor runs is taken.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,18 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels.reference import channel_tile
 
-__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "peak", "usable"]
+__all__ = [
+    "Prepared",
+    "conv2d",
+    "fits",
+    "instruction_set",
+    "linear",
+    "missing",
+    "peak",
+    "prepare_conv2d",
+    "prepare_linear",
+    "usable",
+]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -74,6 +86,101 @@ def usable(x: Tensor) -> bool:
     return type(x) is Tensor and fits(x) and not torch.compiler.is_compiling()
 
 
+class Prepared:
+    """A packed layer on inputs of one shape, checked once: call it with an input and an addition.
+
+    The input, and the addition where there is one, must be contiguous float32 tensors on the CPU
+    of the shapes that it was prepared for.
+
+    Attributes:
+        out_shape: of the result, and of the addition.
+        tensors: values, index, scale and bias, which the kernel reads where they are now.
+    """
+
+    __slots__ = ("_run", "addresses", "out_shape", "tensors")
+
+    def __init__(
+        self, run: Any, out_shape: tuple[int, ...], tensors: tuple[Tensor | None, ...]
+    ) -> None:
+        self._run, self.out_shape, self.tensors = run, out_shape, tensors
+        self.addresses = tuple(map(_address, tensors))
+
+    def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """Return activation(W x + bias + add)."""
+        out = torch.empty(self.out_shape)
+        self._run(x.data_ptr(), _address(add), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def reads(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Tell whether these are the tensors it was prepared with, where they were then."""
+        for now, then, address in zip(tensors, self.tensors, self.addresses, strict=True):
+            if now is not then or (now is not None and now.data_ptr() != address):
+                return False
+        return True
+
+
+def prepare_conv2d(
+    shape: Sequence[int],
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Prepared:
+    """Check a convolution of inputs of a shape; see `tenfold.kernels.nm.conv2d`."""
+    batch, channels, height, width = shape
+    blocks, rows, slots = values.shape
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    block = slots // pattern[0] * pattern[1]
+    weights = kernel_size[0] * kernel_size[1] * (channels // groups)
+    fits = -(-weights // block) == blocks and weights % pattern[1] == 0 and rows % groups == 0
+    if not fits or out_height < 1 or out_width < 1:
+        raise UserError(
+            f"input {tuple(shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
+            f"values, kernel {tuple(kernel_size)} and {groups} groups"
+        )
+    run = _module.conv2d(
+        values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), batch, channels, height, width, rows, out_height,
+        out_width, *kernel_size, *stride, *padding, *dilation, groups, channel_tile(pattern[1]),
+        block, slots, _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation],
+    )  # fmt: skip
+    return Prepared(run, (batch, rows, out_height, out_width), (values, index, scale, bias))
+
+
+def prepare_linear(
+    shape: Sequence[int],
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: Sequence[int],
+    activation: str,
+) -> Prepared:
+    """Check a linear layer on inputs of a shape; see `tenfold.kernels.nm.linear`."""
+    features = shape[-1]
+    blocks, rows, slots = values.shape
+    block = slots // pattern[0] * pattern[1]
+    if -(-features // block) != blocks or features % pattern[1]:
+        raise UserError(
+            f"input {tuple(shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
+            "values"
+        )
+    run = _module.linear(
+        values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), math.prod(shape[:-1]), features, rows, features, block,
+        slots, _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation],
+    )  # fmt: skip
+    return Prepared(run, (*shape[:-1], rows), (values, index, scale, bias))
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -90,28 +197,11 @@ def conv2d(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.conv2d`."""
-    batch, channels, height, width = x.shape
-    blocks, rows, slots = values.shape
-    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-    block = slots // pattern[0] * pattern[1]
-    weights = kernel_size[0] * kernel_size[1] * (channels // groups)
-    fits = -(-weights // block) == blocks and weights % pattern[1] == 0 and rows % groups == 0
-    if not fits or out_height < 1 or out_width < 1:
-        raise UserError(
-            f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
-            f"values, kernel {tuple(kernel_size)} and {groups} groups"
-        )
-    out = torch.empty((batch, rows, out_height, out_width))
-    x, add = x.contiguous(), None if add is None else add.contiguous()
-    _module.conv2d(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
-        batch, channels, height, width, rows, *kernel_size, *stride, *padding, *dilation, groups,
-        channel_tile(pattern[1]), block, slots, _WEIGHT_TYPES[values.dtype],
-        _ACTIVATIONS[activation], torch.get_num_threads(),
+    prepared = prepare_conv2d(
+        x.shape, values, index, scale, bias, pattern, kernel_size, stride, padding, dilation,
+        groups, activation,
     )  # fmt: skip
-    return out
+    return _run(prepared, x, add)
 
 
 def linear(
@@ -125,25 +215,18 @@ def linear(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.linear`."""
-    features = x.shape[-1]
-    blocks, rows, slots = values.shape
-    block = slots // pattern[0] * pattern[1]
-    if -(-features // block) != blocks or features % pattern[1]:
-        raise UserError(
-            f"input {tuple(x.shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
-            "values"
-        )
-    x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], rows))
-    add = None if add is None else add.contiguous()
-    tokens = x.numel() // features
-    _module.linear(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
-        tokens, features, rows, features, block, slots, _WEIGHT_TYPES[values.dtype],
-        _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return _run(prepare_linear(x.shape, values, index, scale, bias, pattern, activation), x, add)
+
+
+def _run(prepared: Prepared, x: Tensor, add: Tensor | None) -> Tensor:
+    if add is not None:
+        add = add.contiguous()
+        _pointer("add", add, prepared.out_shape)
+    return prepared(x.contiguous(), add)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:
