@@ -8,17 +8,17 @@ P counts tiles: they start at the padded input's first position and lie `tile` a
 ones may reach beyond the input, where zeros are read and outputs are dropped. Inside, channels are
 last: all additions run along them.
 
+V is up to eight times as large as x. So the tiles are taken block by block, each small enough to
+stay in fast memory, and the backward pass computes V again instead of keeping it.
+
 Transforms are computed in at least single precision, as sums of slices and not as matrix products,
 so that neither autocast nor TF32 rounds them; autocast and half inputs reach the products alone.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -26,11 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.errors import UserError
-from tenfold.kernels.winograd_transforms import Points, Tile, column_count, tile_of, transforms
+from tenfold.kernels.winograd_domain import Domain, domain_of
+from tenfold.kernels.winograd_transforms import Points, tile_of
 
-__all__ = ["Geometry", "conv3d"]
+__all__ = ["conv3d"]
 
-Rows = list[list[float]]
+# V of one block. Larger ones leave the caches, and their memory is handed back and fetched anew.
+_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 
 
 def conv3d(
@@ -42,7 +44,7 @@ def conv3d(
     padding: Sequence[int],
     points: Points,
 ) -> Tensor:
-    """Convolve by the kept Winograd coordinates of a 3x3x3 kernel, stride 1; differentiable.
+    """Convolve by the kept Winograd coordinates of a 3x3x3 kernel, stride 1; differentiable once.
 
     Args:
         x: `(N, C, D, H, W)`, any strides.
@@ -68,34 +70,47 @@ def conv3d(
     True
     """
     kept = tuple(columns.tolist()) if isinstance(columns, Tensor) else tuple(columns)
-    _check(x, values, kept)
-    depth, height, width = padding
-    space = Geometry(tile_of(tile), points, kept, (depth, height, width), tuple(x.shape[2:]))
-    low = _product_type(x)
-    with torch.autocast(x.device.type, enabled=False):
-        exact = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
-        v = _linear(x.to(exact), space.to_domain, space.to_domain_adjoint)
-        kernels = values.transpose(1, 2)
-        product = torch.bmm(v.to(low or exact), kernels.to(low or exact)).to(exact)
-        y = _linear(product, space.from_domain, space.from_domain_adjoint)
-        if bias is not None:
-            y = y + bias.to(exact)[:, None, None, None]
-        y = y.to(low or x.dtype)
+    problem = _Problem(
+        domain_of(tile_of(tile), points if isinstance(points, str) else tuple(points), kept),
+        tuple(x.shape[2:]),
+        tuple(padding),
+        _product_type(x),
+    )
+    _check(x, values, problem)
+    exact = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
+    wanted, low = x.to(exact), problem.product_type
+    if torch.compiler.is_compiling():  # also while a file is exported
+        with torch.autocast(x.device.type, enabled=False):
+            y = problem.traceable(wanted, values.to(exact))
+    elif torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+        y = cast(Tensor, _Convolution.apply(wanted, values.to(exact), problem))
+    else:
+        y = problem.forward(wanted, values.to(exact))
+    if bias is not None:
+        y = y + bias.to(exact)[:, None, None, None]
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
-    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    return y.to(low or x.dtype).contiguous(memory_format=layout)
 
 
-def _check(x: Tensor, values: Tensor, kept: tuple[int, ...]) -> None:
+def _check(x: Tensor, values: Tensor, problem: _Problem) -> None:
+    if values.dim() != 3 or len(values) != len(problem.domain.columns):
+        raise UserError(
+            f"values of shape {tuple(values.shape)} for {len(problem.domain.columns)} columns: "
+            "expected (K, O, C), one slice a column"
+        )
     if x.dim() != 5 or x.shape[1] != values.shape[2]:
         raise UserError(
             f"input of shape {tuple(x.shape)}: expected (N, {values.shape[2]}, D, H, W)"
         )
     if not x.is_floating_point():
         raise UserError(f"input of type {x.dtype}: expected a floating type")
-    if values.dim() != 3 or len(values) != len(kept) or not kept:
+    if len(problem.padding) != 3 or min(problem.padding) < 0:
+        raise UserError(f"padding={problem.padding}: expected three numbers of at least 0")
+    if min(problem.outputs) < 1:
         raise UserError(
-            f"values of shape {tuple(values.shape)} for {len(kept)} columns: expected (K, O, C) "
-            "with K of at least 1"
+            f"input of size {tuple(problem.size)} with padding {problem.padding}: expected at "
+            "least 3 positions in depth, height and width, the length of the kernel"
         )
 
 
@@ -108,230 +123,153 @@ def _product_type(x: Tensor) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where the tiles of one input lie, and the four linear maps between it and its domain.
+class _Problem:
+    """One convolution: the domain, the input's size and what surrounds it."""
 
-    Attributes:
-        tile: outputs of a tile by axis, m.
-        points: of the transforms.
-        columns: the kept coordinates, ascending.
-        padding: zeros at both sides, by axis.
-        size: of the input, by axis.
-    """
-
-    tile: Tile
-    points: Points
-    columns: tuple[int, ...]
-    padding: Tile
+    domain: Domain
     size: tuple[int, ...]
+    padding: tuple[int, ...]
+    product_type: torch.dtype | None
 
-    def __post_init__(self) -> None:
-        padded = [size + 2 * p for size, p in zip(self.size, self.padding, strict=True)]
-        if min(padded) < 3 or min(self.padding) < 0:
-            raise UserError(
-                f"input of size {tuple(self.size)} with padding {self.padding}: expected at least "
-                "3 positions in depth, height and width, the length of the kernel"
-            )
-        most = column_count(self.tile)
-        if any(low >= high for low, high in zip(self.columns, self.columns[1:], strict=False)) or (
-            not 0 <= self.columns[0] <= self.columns[-1] < most
-        ):
-            raise UserError(
-                f"columns {self.columns[:4]}…: expected ascending coordinates from 0 to {most - 1}"
-            )
-
-    @cached_property
+    @property
     def outputs(self) -> tuple[int, ...]:
         """Return the size of the output, by axis."""
         return tuple(s + 2 * p - 2 for s, p in zip(self.size, self.padding, strict=True))
 
-    @cached_property
+    @property
     def tiles(self) -> tuple[int, ...]:
         """Return the number of tiles, by axis."""
-        return tuple(-(-size // m) for size, m in zip(self.outputs, self.tile, strict=True))
+        return tuple(-(-size // m) for size, m in zip(self.outputs, self.domain.tile, strict=True))
 
-    @property
-    def _used(self) -> tuple[tuple[int, ...], ...]:
-        return _layout(self.columns, self.tile)[0]
+    def traceable(self, x: Tensor, values: Tensor) -> Tensor:
+        """Convolve all tiles at once, by operations that a graph can hold."""
+        v = self.domain.to_domain(self.padded(x))
+        y = self.domain.from_domain(self.product(v, values.transpose(1, 2)), self.tiles)
+        return self.cropped(y)
 
-    @property
-    def _box(self) -> tuple[int, ...]:
-        return tuple(len(axis) for axis in self._used)
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        """Convolve block by block."""
+        wide, by_column = self.padded(x), values.transpose(1, 2)
+        whole = [n * m for n, m in zip(self.tiles, self.domain.tile, strict=True)]
+        y = x.new_empty(len(x), *whole, values.shape[1])
+        for block in self.blocks(x, values):
+            v = self.domain.to_domain(wide[block.reads])
+            y[block.writes] = self.domain.from_domain(self.product(v, by_column), block.tiles)
+        return self.cropped(y)
 
-    @property
-    def _places(self) -> list[int] | None:
-        return _layout(self.columns, self.tile)[1]
+    def backward(
+        self, x: Tensor, values: Tensor, gradient: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the input and of the values, where needed."""
+        wide, whole = self.padded(x), self._whole_gradient(gradient)
+        of_wide = torch.zeros_like(wide) if needed[0] else None
+        of_values = torch.zeros_like(values) if needed[1] else None
+        for block in self.blocks(x, values):
+            g = self.domain.from_domain_adjoint(whole[block.writes])
+            if of_values is not None:
+                v = self.domain.to_domain(wide[block.reads])
+                of_values += self.product(g.transpose(1, 2), v)
+            if of_wide is not None:
+                of_wide[block.reads] += self.domain.to_domain_adjoint(
+                    self.product(g, values), block.tiles
+                )
+        if of_wide is not None:
+            for axis, (size, p) in enumerate(zip(self.size, self.padding, strict=True)):
+                of_wide = of_wide.narrow(1 + axis, p, size)
+            of_wide = of_wide.permute(0, 4, 1, 2, 3)
+        return of_wide, of_values
 
-    def _input_rows(self, axis: int) -> Rows:
-        b = transforms(self.tile[axis], self.points)[1]
-        return cast(Rows, b[list(self._used[axis])].tolist())
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply column by column, in half precision if that is wanted."""
+        if self.product_type is None:
+            return torch.bmm(a, b)
+        return torch.bmm(a.to(self.product_type), b.to(self.product_type)).to(a.dtype)
 
-    def _output_rows(self, axis: int) -> Rows:
-        a = transforms(self.tile[axis], self.points)[0]
-        return cast(Rows, a[:, list(self._used[axis])].tolist())
-
-    def _taps(self, axis: int) -> list[slice]:
-        """Return the positions of each tap of all tiles along a padded axis."""
-        m, last = self.tile[axis], self.tile[axis] * (self.tiles[axis] - 1) + 1
-        return [slice(k, k + last, m) for k in range(m + 2)]
-
-    # -- input -------------------------------------------------------------------------------------
-
-    def to_domain(self, x: Tensor) -> Tensor:
-        """Map an input `(N, C, D, H, W)` to `(K, P, C)`."""
-        v = F.pad(x.permute(0, 2, 3, 4, 1), self._sides).contiguous()
-        for axis in range(3):
-            # (coordinates, N and tiles so far, length, all that is left)
-            done, length = math.prod(self._box[:axis]), self._reach[axis]
-            v = v.reshape(done, -1, length, math.prod(self._reach[axis + 1 :]) * x.shape[1])
-            parts = [v[:, :, tap] for tap in self._taps(axis)]
-            v = _combine(parts, self._input_rows(axis), 1)
-        return self._kept(v.reshape(math.prod(self._box), -1, x.shape[1]))
-
-    def to_domain_adjoint(self, g: Tensor) -> Tensor:
-        """Map `(K, P, C)` back by the transposed map: the gradient of an input."""
-        v, channels = self._filled(g), g.shape[2]
-        for axis in (2, 1, 0):
-            done, tiles = math.prod(self._box[:axis]), self.tiles[axis]
-            rest = math.prod(self._reach[axis + 1 :]) * channels
-            parts = v.reshape(done, self._box[axis], -1, tiles, rest).unbind(1)
-            v = g.new_zeros(done, parts[0].shape[1], self._reach[axis], rest)
-            for part, row in zip(parts, self._input_rows(axis), strict=True):
-                for tap, factor in zip(self._taps(axis), row, strict=True):
-                    if factor:
-                        v[:, :, tap].add_(part, alpha=factor)
-        v = v.reshape(-1, *self._reach, channels)
-        for axis, (size, p) in enumerate(zip(self.size, self.padding, strict=True)):
-            v = v.narrow(1 + axis, p, size)
-        return v.permute(0, 4, 1, 2, 3)
-
-    @property
-    def _reach(self) -> tuple[int, ...]:
-        """Return how many positions the tiles cover, by axis."""
-        return tuple(n * m + 2 for n, m in zip(self.tiles, self.tile, strict=True))
-
-    @property
-    def _sides(self) -> list[int]:
-        """Return the zeros around an input with its channels last, as F.pad takes them."""
+    def padded(self, x: Tensor) -> Tensor:
+        """Return an input with its channels last, with zeros up to where the tiles reach."""
         sides = [0, 0]
         for axis in (2, 1, 0):
-            ahead = self.padding[axis]
-            sides += [ahead, self._reach[axis] - self.size[axis] - ahead]
-        return sides
+            reach = self.tiles[axis] * self.domain.tile[axis] + 2
+            sides += [self.padding[axis], reach - self.size[axis] - self.padding[axis]]
+        return F.pad(x.permute(0, 2, 3, 4, 1), sides).contiguous()
 
-    # -- output ------------------------------------------------------------------------------------
-
-    def from_domain(self, product: Tensor) -> Tensor:
-        """Map products `(K, P, O)` to an output `(N, O, D', H', W')`."""
-        y, channels = self._filled(product), product.shape[2]
-        for axis in range(3):
-            # (coordinates of this axis, of the next ones, N and positions so far, tiles, the rest)
-            later = math.prod(self._box[axis + 1 :])
-            rest = math.prod(self.tiles[axis + 1 :]) * channels
-            y = y.reshape(self._box[axis], later, -1, self.tiles[axis], rest)
-            # A tile's outputs go beside each other, so that the axis is whole again.
-            y = _combine(y.unbind(0), self._output_rows(axis), 3)
-        y = y.reshape(-1, *self._whole, channels)
+    def cropped(self, y: Tensor) -> Tensor:
+        """Drop what the last tiles computed beyond the output; put the channels second again."""
         for axis, size in enumerate(self.outputs):
             y = y.narrow(1 + axis, 0, size)
         return y.permute(0, 4, 1, 2, 3)
 
-    def from_domain_adjoint(self, g: Tensor) -> Tensor:
-        """Map an output's gradient `(N, O, D', H', W')` back to `(K, P, O)`."""
-        channels, sides = g.shape[1], [0, 0]
+    def _whole_gradient(self, gradient: Tensor) -> Tensor:
+        sides = [0, 0]
         for axis in (2, 1, 0):
-            sides += [0, self._whole[axis] - self.outputs[axis]]
-        y = F.pad(g.permute(0, 2, 3, 4, 1), sides).contiguous()
-        for axis in (2, 1, 0):
-            later = math.prod(self._box[axis + 1 :])
-            rest = math.prod(self.tiles[axis + 1 :]) * channels
-            y = y.reshape(later, -1, self.tiles[axis], self.tile[axis], rest)
-            y = _combine(y.unbind(3), _transposed(self._output_rows(axis)), 0)
-        return self._kept(y.reshape(math.prod(self._box), -1, channels))
+            sides += [0, self.tiles[axis] * self.domain.tile[axis] - self.outputs[axis]]
+        return F.pad(gradient.permute(0, 2, 3, 4, 1), sides).contiguous()
+
+    def blocks(self, x: Tensor, values: Tensor) -> Iterator[_Block]:
+        """Cut the tiles into blocks of samples, or of one sample's depths, or of its rows."""
+        most = _BLOCK_BYTES["cpu" if x.device.type == "cpu" else "cuda"]
+        depth, height, width = self.tiles
+        a_row = len(values) * max(values.shape[1:]) * width * x.element_size()
+        rows = max(1, most // a_row)
+        depths, samples = max(1, rows // height), max(1, rows // (height * depth))
+        lengths = (samples, min(depths, depth), min(rows, height))
+        ends = (len(x), depth, height)
+        for n in range(0, ends[0], lengths[0]):
+            for d in range(0, ends[1], lengths[1]):
+                for h in range(0, ends[2], lengths[2]):
+                    yield _Block(
+                        slice(n, n + lengths[0]),
+                        slice(d, min(d + lengths[1], depth)),
+                        slice(h, min(h + lengths[2], height)),
+                        width,
+                        self.domain.tile,
+                    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some tiles of a problem: samples, and the spans of tiles in depth and height."""
+
+    samples: slice
+    depth: slice
+    height: slice
+    width: int
+    tile: tuple[int, ...]
 
     @property
-    def _whole(self) -> tuple[int, ...]:
-        """Return the outputs of all tiles, by axis, before those beyond the output are dropped."""
-        return tuple(n * m for n, m in zip(self.tiles, self.tile, strict=True))
+    def tiles(self) -> tuple[int, int, int]:
+        d, h = self.depth, self.height
+        return d.stop - d.start, h.stop - h.start, self.width
 
-    # -- columns -----------------------------------------------------------------------------------
+    @property
+    def reads(self) -> tuple[slice, slice, slice]:
+        """Return its part of a padded input."""
+        return self._part(2)
 
-    def _kept(self, v: Tensor) -> Tensor:
-        """Take the kept columns `(K, P, C)` out of their box."""
-        places = self._places
-        return v if places is None else v.index_select(0, torch.tensor(places, device=v.device))
+    @property
+    def writes(self) -> tuple[slice, slice, slice]:
+        """Return its part of the outputs of all tiles."""
+        return self._part(0)
 
-    def _filled(self, v: Tensor) -> Tensor:
-        """Put columns `(K, P, C)` into their box, with zeros for the others of it."""
-        places = self._places
-        if places is None:
-            return v
-        box = v.new_zeros(math.prod(self._box), v.shape[1], v.shape[2])
-        return box.index_copy(0, torch.tensor(places, device=v.device), v)
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(
-    columns: tuple[int, ...], tile: Tile
-) -> tuple[tuple[tuple[int, ...], ...], list[int] | None]:
-    """Return the used coordinates by axis, and the kept columns' places in the box that they span.
-
-    A coordinate that no kept column has is never computed. The places are None where the kept
-    columns fill the box.
-    """
-    _, height, width = (m + 2 for m in tile)
-    found = [(j // (height * width), j // width % height, j % width) for j in columns]
-    a, b, c = (sorted(set(axis)) for axis in zip(*found, strict=True))
-    box = [(d * height + h) * width + w for d in a for h in b for w in c]
-    place = {j: index for index, j in enumerate(box)}
-    places = [place[j] for j in columns] if len(columns) < len(box) else None
-    return (tuple(a), tuple(b), tuple(c)), places
+    def _part(self, overlap: int) -> tuple[slice, slice, slice]:
+        spans = [
+            slice(span.start * m, span.stop * m + overlap)
+            for span, m in zip((self.depth, self.height), self.tile[:2], strict=True)
+        ]
+        return self.samples, spans[0], spans[1]
 
 
-def _combine(parts: Sequence[Tensor], rows: Rows, dim: int) -> Tensor:
-    """Return the sums `row . parts` of every row, stacked along a new axis `dim`."""
-    if torch.compiler.is_compiling():  # also while a file is exported: nothing is written in place
-        return torch.stack([_sum(parts, row) for row in rows], dim)
-    shape = parts[0].shape
-    found = parts[0].new_empty((*shape[:dim], len(rows), *shape[dim:]))
-    for index, row in enumerate(rows):
-        _sum(parts, row, found.select(dim, index))
-    return found
-
-
-def _sum(parts: Sequence[Tensor], row: Sequence[float], out: Tensor | None = None) -> Tensor:
-    terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
-    # One that needs no product goes first.
-    terms.sort(key=lambda term: term[0] != 1.0)
-    factor, total = terms[0]
-    if factor != 1.0:
-        total = torch.mul(total, factor, out=out)
-    for factor, part in terms[1:]:
-        total = torch.add(total, part, alpha=factor, out=out)
-    return total if out is None or len(terms) > 1 or terms[0][0] != 1.0 else out.copy_(total)
-
-
-def _transposed(rows: Rows) -> Rows:
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
-class _Linear(torch.autograd.Function):
-    """A linear map with its transposed one; each is the other's derivative."""
+class _Convolution(torch.autograd.Function):
+    """The convolution by blocks, with a backward pass that computes V again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor]
-    ) -> Tensor:
-        ctx.maps = there, back
-        return there(x)
+    def forward(ctx: Any, x: Tensor, values: Tensor, problem: _Problem) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.problem = problem
+        return problem.forward(x, values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        there, back = ctx.maps
-        return _linear(gradients[0], back, there), None, None
-
-
-def _linear(x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor]) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _Linear.apply(x, there, back))
-    return there(x)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        return (*ctx.problem.backward(x, values, gradients[0], ctx.needs_input_grad), None)
