@@ -178,6 +178,8 @@ def _combine(parts: Sequence[Tensor], rows: Rows, dim: int) -> Tensor:
 
 def _sum(parts: Sequence[Tensor], row: Sequence[float], out: Tensor | None = None) -> Tensor:
     terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
+    if not terms:  # few columns may leave an output without any
+        return torch.zeros_like(parts[0]) if out is None else out.zero_()
     terms.sort(key=lambda term: term[0] != 1.0)  # one that needs no product goes first
     factor, total = terms[0]
     if factor != 1.0:

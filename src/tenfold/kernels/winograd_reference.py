@@ -17,6 +17,7 @@ so that neither autocast nor TF32 rounds them; autocast and half inputs reach th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from tenfold.errors import UserError
 from tenfold.kernels.winograd_domain import Domain, domain_of
-from tenfold.kernels.winograd_transforms import Points, tile_of
+from tenfold.kernels.winograd_transforms import Points, column_count, tile_of
 
-__all__ = ["conv3d"]
+__all__ = ["conv3d", "second_moment"]
 
 # V of one block. Larger ones leave the caches, and their memory is handed back and fetched anew.
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
@@ -91,6 +92,42 @@ def conv3d(
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
     layout = torch.channels_last_3d if last else torch.contiguous_format
     return y.to(low or x.dtype).contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def second_moment(
+    x: Tensor, tile: int | Sequence[int], padding: Sequence[int], points: Points, most: int = 2**18
+) -> tuple[Tensor, int]:
+    """Return the sum of v v^T over a clip's tiles and channels, and how many there were.
+
+    v is a tile's input in the domain, zeros of the padding included.
+
+    Args:
+        x: `(N, C, D, H, W)`.
+        tile: outputs of a tile.
+        padding: zeros at both sides, in depth, height and width.
+        points: of the transforms.
+        most: of about so many vectors; where there are more, every n-th channel is taken.
+
+    Returns:
+        `(t^3, t^3)` in double precision on the input's device, and the count.
+
+    >>> second_moment(torch.ones(2, 3, 4, 4, 4), 2, (0, 0, 0), "standard")[1]
+    6
+    """
+    named = points if isinstance(points, str) else tuple(points)
+    domain = domain_of(tile_of(tile), named, tuple(range(column_count(tile_of(tile)))))
+    problem = _Problem(domain, tuple(x.shape[2:]), tuple(padding), None)
+    vectors = len(x) * x.shape[1] * math.prod(problem.tiles)
+    x = x[:, :: max(1, vectors // most)]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = torch.zeros(len(domain.columns), len(domain.columns), device=x.device).double()
+    with torch.autocast(x.device.type, enabled=False):
+        wide = problem.padded(x)
+        for block in problem.blocks(x, x.new_empty(len(domain.columns), 1, x.shape[1])):
+            v = domain.to_domain(wide[block.reads]).flatten(1)
+            total += v @ v.T
+    return total, len(x) * x.shape[1] * math.prod(problem.tiles)
 
 
 def _check(x: Tensor, values: Tensor, problem: _Problem) -> None:

@@ -179,6 +179,11 @@ class WinogradConv3d(nn.Module):
             self.bias = bias.detach().to(self.values).clone()
         return self
 
+    def fold(self, values: Tensor, bias: Tensor) -> None:
+        """Take over values `(K, O, C)` and a bias that a normalisation was merged into."""
+        self.values = values.detach().to(self.values).contiguous()
+        self.bias = bias.detach().to(self.values)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, C, D, H, W)` to `(N, O, D', H', W')`.
 
