@@ -235,9 +235,7 @@ def _transpose(x: Tensor, y: Tensor, batch: int, rows: int, columns: int) -> Non
     _module.transpose(x.data_ptr(), y.data_ptr(), batch, rows, columns, torch.get_num_threads())
 
 
-def _pointer(
-    name: str, tensor: Tensor | None, shape: Sequence[int], last: bool = False
-) -> int:
+def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int], last: bool = False) -> int:
     """Return the address of a tensor that the kernel reads as float32 of that shape."""
     if tensor is None:
         return 0

@@ -31,7 +31,16 @@ from tenfold.kernels import native, winograd_reference
 from tenfold.kernels.reference import ACTIVATIONS
 from tenfold.kernels.winograd_transforms import POINTS, transforms
 
-__all__ = ["coordinates", "conv3d", "kernel_points", "pack", "short_to_two", "unpack"]
+__all__ = [
+    "conv3d",
+    "coordinates",
+    "domain_weight",
+    "empty_packed",
+    "kernel_points",
+    "pack",
+    "short_to_two",
+    "unpack",
+]
 
 Sizes = Sequence[int]
 PANELS = 32  # outputs that lie side by side in a packed weight
@@ -54,9 +63,8 @@ def kernel_points(points: str, tile: Sizes) -> tuple[float, float] | None:
     """
     if max(tile) == 2:
         return 1.0, 2.0  # not used
-    zero, *others = POINTS[points][4]
-    a, minus_a, b, minus_b = (float(point) for point in others)
-    return (a, b) if (zero, minus_a, minus_b) == (0, -a, -b) else None
+    zero, a, minus_a, b, minus_b = (float(point) for point in POINTS[points][4])
+    return (a, b) if (zero, minus_a, minus_b) == (0.0, -a, -b) else None
 
 
 def domain_weight(weight: Tensor, tile: Sizes, short: Sequence[bool], points: str) -> Tensor:
@@ -69,7 +77,11 @@ def domain_weight(weight: Tensor, tile: Sizes, short: Sequence[bool], points: st
     """
     found = weight.detach().double().permute(2, 3, 4, 0, 1)
     for axis, (m, is_short) in enumerate(zip(tile, short, strict=True)):
-        g = torch.tensor(_SHORT).double() if is_short else torch.from_numpy(transforms(m, points)[2])
+        g = (
+            torch.tensor(_SHORT).double()
+            if is_short
+            else torch.from_numpy(transforms(m, points)[2])
+        )
         found = torch.tensordot(g.to(found.device), found, dims=([1], [axis])).movedim(0, axis)
     return found.flatten(0, 2).to(weight.dtype)
 
@@ -82,12 +94,17 @@ def pack(values: Tensor) -> Tensor:
     """
     columns, outputs, channels = values.shape
     whole = outputs // PANELS * PANELS
-    packed = native.empty_in_large_pages(columns, -(-outputs // PANELS), channels, PANELS)
+    packed = empty_packed(columns, outputs, channels)
     packed[:, : whole // PANELS] = _paired(values[:, :whole])
     if whole < outputs:
         packed[:, -1] = 0
         packed[:, -1, :, : outputs - whole] = values[:, whole:].transpose(1, 2)
     return packed
+
+
+def empty_packed(columns: int, outputs: int, channels: int) -> Tensor:
+    """Return an unfilled packed weight."""
+    return native.empty_in_large_pages(columns, -(-outputs // PANELS), channels, PANELS)
 
 
 def unpack(weight: Tensor, outputs: int) -> Tensor:

@@ -12,14 +12,14 @@ layout `values` and `index` are. All tensors are buffers, since such a layer isn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import StateError, UserError, unknown_name
+from tenfold.errors import UserError, unknown_name
 from tenfold.kernels import nm, reference
+from tenfold.nn.kernel_layer import KernelLayer, finish
 from tenfold.nn.packable import fixed_padding, pair, refuse_unpackable
 
 __all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer"]
@@ -27,7 +27,7 @@ __all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer"]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(KernelLayer):
     """What `NMConv2d` and `NMLinear` have in common: the packed weight and what follows it.
 
     Args:
@@ -54,7 +54,6 @@ class PackedLayer(nn.Module):
         self.shape = shape
         self.n, self.m, self.k = n, m, math.prod(shape[1:])
         self.precision = precision
-        self.activation = "none"
         self.register_buffer("values", values.to(PRECISIONS[precision]))
         self.register_buffer("index", index)
         self.register_buffer("scale", torch.ones(shape[0]) if precision == "int8" else None)
@@ -102,19 +101,6 @@ class PackedLayer(nn.Module):
         if layer.bias is not None:
             self.bias = layer.bias.detach().float().clone()
         return self
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise StateError(
-                "a packed layer has no gradient: run it under torch.inference_mode(), or use the "
-                "model that was given to optimize"
-            )
-        for given in (self.bias, self.scale):
-            if given is not None and given.dtype != x.dtype and x.dtype.is_floating_point:
-                raise UserError(
-                    f"the input is {x.dtype} and the packed layer's bias or scale {given.dtype}: "
-                    "expected one type; the kernels compute in torch.float32"
-                )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -201,7 +187,7 @@ class NMLinear(PackedLayer):
 
         `add` may also be broadcast; it is then added outside the kernel.
         """
-        self._check_input(x)
+        self._check_types(x, self.bias, self.scale)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise UserError(
                 f"input of shape {tuple(x.shape)}: expected (..., {self.in_features}) features"
@@ -212,7 +198,7 @@ class NMLinear(PackedLayer):
                 x, self.values, self.index, self.scale, self.bias, add, (self.n, self.m), activation
             )
 
-        return _finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
+        return finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
 
     def extra_repr(self) -> str:
         """Return what the printed layer says in brackets."""
@@ -310,7 +296,7 @@ class NMConv2d(PackedLayer):
 
         `add` may also be broadcast; it is then added outside the kernel.
         """
-        self._check_input(x)
+        self._check_types(x, self.bias, self.scale)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(
                 f"input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W)"
@@ -334,7 +320,7 @@ class NMConv2d(PackedLayer):
             for i in (0, 1)
         )
         shape = (x.shape[0], self.out_channels, height, width)
-        return _finish(run, x, add, shape, self.activation)
+        return finish(run, x, add, shape, self.activation)
 
     def extra_repr(self) -> str:
         """Return what the printed layer says in brackets."""
@@ -344,16 +330,3 @@ class NMConv2d(PackedLayer):
                 parts.append(f"{name}={getattr(self, name)}")
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         return ", ".join([*parts, self._described()])
-
-
-def _finish(
-    run: Callable[[Tensor | None, str], Tensor],
-    x: Tensor,
-    add: Tensor | None,
-    shape: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """Add inside the kernel where the operand has the result's shape and type, else outside."""
-    if add is None or (tuple(add.shape) == tuple(shape) and add.dtype == x.dtype):
-        return run(add, activation)
-    return nm.ACTIVATIONS[activation](run(None, "none") + add)
