@@ -7,7 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "layout.h"
+#include "memory.h"
 #include "nm.h"
+#include "winograd.h"
 
 namespace nb = nanobind;
 
@@ -15,16 +18,23 @@ namespace {
 
 using tenfold::Conv2d;
 using tenfold::Linear;
+using tenfold::Transpose;
 using tenfold::Weight;
+using tenfold::Winograd3d;
 using Address = std::uintptr_t;
 
 struct Kernels {
   bool (*conv2d)(const Conv2d&);
   bool (*linear)(const Linear&);
   double (*peak)(bool);
+  bool (*winograd3d)(const Winograd3d&);
+  void (*transpose)(const Transpose&);
 };
-#define TENFOLD_KERNELS(isa) \
-  { tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak }
+#define TENFOLD_KERNELS(isa)                                                          \
+  {                                                                                   \
+    tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak,             \
+        tenfold::isa::winograd3d, tenfold::isa::transpose                             \
+  }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
 // Best first.
@@ -137,6 +147,56 @@ PreparedLinear linear(Address values, Address index, Address scale, Address bias
   return {problem};
 }
 
+using Sizes = std::vector<long>;
+
+// sizes: batch, channels, outputs; then depth, height and width of the input, of the convolution's
+// output, the padding, the kinds of axes and the windows of the maximum.
+void winograd3d(Address x, Address weight, Address bias, Address add, Address out,
+                const std::vector<int>& columns, const Sizes& sizes, float a, float b,
+                int activation, int threads) {
+  const auto axis = [&](int i) { return static_cast<tenfold::Axis>(sizes.at(12 + i)); };
+  const Winograd3d conv{reinterpret_cast<const float*>(x),
+                        reinterpret_cast<const float*>(weight),
+                        reinterpret_cast<const float*>(bias),
+                        reinterpret_cast<const float*>(add),
+                        reinterpret_cast<float*>(out),
+                        columns.data(),
+                        static_cast<long>(columns.size()),
+                        sizes.at(0),
+                        sizes.at(1),
+                        sizes.at(3),
+                        sizes.at(4),
+                        sizes.at(5),
+                        sizes.at(2),
+                        sizes.at(6),
+                        sizes.at(7),
+                        sizes.at(8),
+                        {sizes.at(9), sizes.at(10), sizes.at(11)},
+                        {axis(0), axis(1), axis(2)},
+                        a,
+                        b,
+                        static_cast<tenfold::Activation>(activation),
+                        {sizes.at(15), sizes.at(16), sizes.at(17)},
+                        threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.winograd3d(conv);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void transpose(Address from, Address to, long batch, long rows, long columns, int threads) {
+  const Transpose given{reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), batch,
+                        rows, columns, threads};
+  nb::gil_scoped_release release;
+  kernels.transpose(given);
+}
+
+void large_pages(Address memory, std::size_t bytes) {
+  tenfold::advise_large_pages(reinterpret_cast<void*>(memory), bytes);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -147,5 +207,8 @@ NB_MODULE(_kernels, m) {
   nb::class_<PreparedLinear>(m, "PreparedLinear").def("__call__", run<PreparedLinear>);
   m.def("conv2d", conv2d);
   m.def("linear", linear);
+  m.def("winograd3d", winograd3d);
+  m.def("transpose", transpose);
+  m.def("large_pages", large_pages);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

@@ -7,6 +7,9 @@ file can't name anything else:
     Bias         a layer without a bias has one
     NMConv2d     a convolution is packed: n, m, shape, precision, bias, add, activation
     NMLinear     the same of a linear layer
+    PackedWinogradConv3d  a 3-D convolution is packed: tile, columns (null where it is dense),
+                 points, short, channels_last, bias, add, activation, pool
+    WinogradConv3d  see `winograd_edits`
 """
 
 from __future__ import annotations
@@ -19,16 +22,24 @@ from torch import Tensor, nn
 
 from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
-from tenfold.deploy.fuse import Epilogue
+from tenfold.deploy.fuse import NO_POOL, Epilogue
+from tenfold.deploy.winograd_edits import (
+    PACKED_WINOGRAD,
+    WINOGRAD,
+    packed_arguments,
+    packed_layer,
+    winograd_layer,
+)
 from tenfold.errors import UserError
 from tenfold.kernels import nm
 from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
 from tenfold.nn.packing import pack_nm, unpack_nm
+from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
 __all__ = ["EDITS", "describe_edits", "from_stored", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
-EDITS = ("FoldedNorm", "Bias", *_PACKED)
+EDITS = ("FoldedNorm", "Bias", *_PACKED, PACKED_WINOGRAD, WINOGRAD)
 
 
 def describe_edits(
@@ -49,17 +60,20 @@ def describe_edits(
     now = dict(network.named_modules())
     for name, module in given.named_modules():
         other = now.get(name)
-        if isinstance(other, PackedLayer):
+        if isinstance(other, PackedLayer | PackedWinogradConv3d):
             epilogue = epilogues.get(name, Epilogue())
-            arguments = {
-                "n": other.n,
-                "m": other.m,
-                "shape": list(other.shape),
-                "precision": other.precision,
-                "bias": other.bias is not None,
-                "add": epilogue.add,
-                "activation": epilogue.activation,
-            }
+            arguments: dict[str, Any]
+            if isinstance(other, PackedLayer):
+                arguments = {
+                    "n": other.n,
+                    "m": other.m,
+                    "shape": list(other.shape),
+                    "precision": other.precision,
+                    "bias": other.bias is not None,
+                }
+            else:
+                arguments = {**packed_arguments(other), "pool": list(epilogue.pool)}
+            arguments |= {"add": epilogue.add, "activation": epilogue.activation}
             edits.append(_edit(name, type(other).__name__, arguments))
         elif (
             other is not None
@@ -92,8 +106,18 @@ def replay(
                 f"an edit of the artifact doesn't fit the network: {error}: give the network that "
                 "was saved"
             ) from error
-        if kind in _PACKED:
-            network = replace_layers(network, {name: _packed(kind, module, name, arguments)})
+        if kind == WINOGRAD:
+            replacement = winograd_layer(module, name, arguments)
+            every = list(network.named_modules(remove_duplicate=False))
+            names = [other for other, found in every if found is module]
+            network = replace_layers(network, dict.fromkeys(names, replacement))
+        elif kind in _PACKED or kind == PACKED_WINOGRAD:
+            packed = (
+                packed_layer(module, name, arguments)
+                if kind == PACKED_WINOGRAD
+                else _packed(kind, module, name, arguments)
+            )
+            network = replace_layers(network, {name: packed})
             epilogues[name] = _epilogue(name, arguments)
         elif kind == "FoldedNorm" and name and remove_norm(network, module):
             continue
@@ -155,7 +179,10 @@ def _epilogue(name: str, arguments: Mapping[str, Any]) -> Epilogue:
     activation = arguments.get("activation", "none")
     if activation not in nm.ACTIVATIONS:
         raise UserError(f"{name} has activation {activation!r}: known: {', '.join(nm.ACTIVATIONS)}")
-    return Epilogue(arguments.get("add") is True, activation)
+    pool = arguments.get("pool", list(NO_POOL))
+    if not isinstance(pool, list) or len(pool) != 3 or not set(pool) <= {1, 2}:
+        raise UserError(f"{name} has pool {pool!r}: expected three windows of 1 or 2")
+    return Epilogue(arguments.get("add") is True, activation, (pool[0], pool[1], pool[2]))
 
 
 def _add_bias(module: nn.Module, name: str) -> None:

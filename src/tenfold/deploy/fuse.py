@@ -1,10 +1,11 @@
-"""Fuse activations and residual additions into the packed layers before them.
+"""Fuse activations, residual additions and maximum pooling into the packed layers before them.
 
 The network is traced by `torch.fx`; layers of PyTorch, packed layers, and modules whose code can't
 be traced stay whole. What is fused in the graph:
 
     packed -> activation                       ReLU, ReLU6, GELU (exact), SiLU
     packed -> + other [-> activation]          of equal shape and type
+    packed 3-D -> [...] -> MaxPool3d           windows of 1 or 2 side by side, without padding
 
 Only where nothing else reads the intermediate result. Dropout (in eval mode) and Identity don't
 stand in the way. A fused addition is computed where the addition was, so both operands are there;
@@ -16,8 +17,8 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from tenfold.deploy.trace import trace
-from tenfold.nn.packed import PackedLayer
+from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.winograd import WinogradConv3d
 
-__all__ = ["Epilogue", "apply_epilogues", "fuse", "unfuse"]
+__all__ = ["NO_POOL", "Epilogue", "apply_epilogues", "fuse", "unfuse"]
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu",
@@ -45,18 +47,28 @@ _WRITING = {
     if name.startswith("i") and name.removeprefix("i") in ("add", "sub", "mul", "truediv", "pow",
     "floordiv", "mod", "matmul", "and", "or", "xor", "lshift", "rshift")
 } | {operator.setitem, operator.delitem}  # fmt: skip
+# Arguments of a maximum pooling, and their defaults.
+_POOLING: dict[str, Any] = {
+    "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
+    "return_indices": False,
+}  # fmt: skip
 _WITHOUT_EFFECTS = ("torch", "_operator", "operator", "math", "builtins", "torchvision.ops")
+
+
+NO_POOL = (1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a packed layer does after its product: an addition, then an activation."""
+    """What a packed layer does after its product: an addition, an activation, a maximum."""
 
     add: bool = False
     activation: str = "none"
+    pool: tuple[int, int, int] = NO_POOL
 
     def __str__(self) -> str:
         parts = ["add"] * self.add + [self.activation] * (self.activation != "none")
+        parts += [f"max {'x'.join(map(str, self.pool))}"] * (self.pool != NO_POOL)
         return ", ".join(parts)
 
 
@@ -115,10 +127,10 @@ def apply_epilogues(
 
 
 def unfuse(network: nn.Module) -> None:
-    """Take the activations out of a network's packed layers again."""
+    """Take the activations and maxima out of a network's packed layers again."""
     for module in network.modules():
-        if isinstance(module, PackedLayer):
-            module.activation = "none"
+        if isinstance(module, KernelLayer):
+            module.activation, module.pool = "none", NO_POOL
 
 
 def _drop_idle(graph: fx.GraphModule) -> None:
@@ -166,14 +178,28 @@ def _rewrite(
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     found: dict[str, Epilogue] = {}
 
-    def open_layer(node: object) -> PackedLayer | None:
-        """Return the packed layer whose result can still take something in."""
+    def unpooled(node: object) -> KernelLayer | None:
+        """Return the packed layer whose result can still take a maximum in."""
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
             return None
         module = graph.get_submodule(str(node.target))
-        if not isinstance(module, PackedLayer) or calls[node.target] != 1 or node.kwargs:
+        if not isinstance(module, KernelLayer) or calls[node.target] != 1 or node.kwargs:
             return None
-        return module if module.activation == "none" else None
+        return module if module.pool == NO_POOL else None
+
+    def open_layer(node: object) -> KernelLayer | None:
+        """Return the packed layer whose result can still take anything in."""
+        module = unpooled(node)
+        return module if module is not None and module.activation == "none" else None
+
+    def note(node: fx.Node, **taken: Any) -> None:
+        """Write down what a layer takes in from a node, whose place it takes."""
+        layer = node.args[0]
+        assert isinstance(layer, fx.Node)
+        name = str(layer.target)
+        found[name] = replace(found.get(name, Epilogue()), **taken)
+        node.replace_all_uses_with(layer)
+        graph.graph.erase_node(node)
 
     for node in nodes:
         operands = _addition(node)
@@ -192,12 +218,14 @@ def _rewrite(
         activation = _activation(node, graph)
         module = open_layer(node.args[0]) if activation else None
         if module is not None:
-            layer = node.args[0]
             module.activation = str(activation)
-            name = str(layer.target)
-            found[name] = Epilogue(name in found, str(activation))
-            node.replace_all_uses_with(layer)
-            graph.graph.erase_node(node)
+            note(node, activation=module.activation)
+            continue
+        pool = _pooling(node, graph)
+        module = unpooled(node.args[0]) if pool else None
+        if module is not None and module.can_pool:
+            module.pool = pool or NO_POOL
+            note(node, pool=module.pool)
     graph.graph.lint()
     graph.recompile()
     return found
@@ -253,11 +281,42 @@ def _activation(node: fx.Node, graph: fx.GraphModule) -> str | None:
     return name if all(isinstance(value, bool) for value in rest.values()) else None
 
 
+def _pooling(node: fx.Node, graph: fx.GraphModule) -> tuple[int, int, int] | None:
+    """Return the windows of a maximum that a packed 3-D convolution can take."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        module = graph.get_submodule(str(node.target))
+        if type(module) is not nn.MaxPool3d:
+            return None
+        given = {name: getattr(module, name) for name in _POOLING}
+    elif node.op == "call_function" and node.target in (F.max_pool3d, torch.max_pool3d):
+        positional = dict(zip(_POOLING, node.args[1:], strict=False))
+        given = {**_POOLING, **positional, **node.kwargs}
+    else:
+        return None
+    window = _triple(given["kernel_size"])
+    # Without a stride of its own, windows lie side by side.
+    expected = {**_POOLING, "kernel_size": window, "stride": window}
+    given["stride"] = given["stride"] or window
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        given[name], expected[name] = _triple(given[name]), _triple(expected[name])
+    return window if window and set(window) <= {1, 2} and given == expected else None
+
+
+def _triple(size: object) -> tuple[int, int, int] | None:
+    """Return a size as depth, height and width, or None when it isn't written out."""
+    sizes = (size,) * 3 if isinstance(size, int) else size
+    if not isinstance(sizes, Sequence) or len(sizes) != 3:
+        return None
+    depth, height, width = sizes
+    whole = all(isinstance(each, int) for each in (depth, height, width))
+    return (depth, height, width) if whole else None
+
+
 def _may_write(node: fx.Node, graph: fx.GraphModule) -> bool:
     """Tell whether a node may change a tensor that is there already."""
     if node.op == "call_module":
         module: Any = graph.get_submodule(str(node.target))
-        if isinstance(module, PackedLayer):
+        if isinstance(module, KernelLayer | WinogradConv3d):
             return False
         own = not type(module).__module__.startswith("torch.nn")
         return own or any(getattr(part, "inplace", False) for part in module.modules())

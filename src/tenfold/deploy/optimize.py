@@ -2,7 +2,8 @@
 
 Every step works on a copy. A layer is packed when that is faster here; what follows it is fused
 into it where the graph allows; and before the result is returned its outputs are compared with
-those of the network that was given. When they differ, the fusion is undone, then the packing.
+those of the network that was given. When they differ, 3-D convolutions get tiles that round less,
+then the fusion is undone, then the packing.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.deploy.candidates import find_layers, replace_layers
-from tenfold.deploy.choose import CHOICES, Target, choose_layers, time_networks
+from tenfold.deploy.choose import CHOICES, Choices, Target, choose_layers, time_networks
 from tenfold.deploy.edits import describe_edits
 from tenfold.deploy.fold import Folded, eval_copy, fold_batch_norm
 from tenfold.deploy.fuse import Epilogue, fuse, unfuse
-from tenfold.deploy.optimized import OptimizedModel, in_memory_format, largest_difference
+from tenfold.deploy.optimized import (
+    OptimizedModel,
+    hand_on_channels_last,
+    in_memory_format,
+    largest_difference,
+)
 from tenfold.deploy.plan import LayerChoice, OptimizePlan
 from tenfold.errors import UserError, unknown_name
+from tenfold.kernels.winograd import coordinates
 from tenfold.measure.inputs import ExampleInputs, as_inputs, random_like, run_once
 from tenfold.measure.quiet import reason
-from tenfold.nn.packed import PRECISIONS, PackedLayer
+from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.packed import PRECISIONS
+from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
 __all__ = ["optimize"]
 
@@ -45,8 +54,10 @@ def optimize(
     """Return a new module that computes what `model` does, as fast as this machine can.
 
     BatchNorm is folded. Each Conv2d and Linear whose weights follow an N:M pattern, whoever made
-    it, is timed dense and packed, and the faster form is kept. Activations and residual additions
-    are fused into packed layers. The result takes any batch and image size that the model takes.
+    it, is timed dense and packed, and the faster form is kept. So is each 3x3x3 convolution, in
+    tiles of several sizes in the Winograd domain. Activations, residual additions and maximum
+    pooling are fused into packed layers. The result takes any batch and image size that the model
+    takes.
     On a CUDA device 2:4 layers in float16 or bfloat16 go to the sparse tensor cores.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -76,20 +87,20 @@ def optimize(
     folded.model.requires_grad_(False)
     target = Target(precision, inputs[0].device)
     layers = find_layers(folded.model, inputs)
-    choices, packed = choose_layers(layers, target, choose)
+    choices = choose_layers(layers, target, choose)
 
     notes = [f"BatchNorm is not folded: {folded.reason}"] if folded.reason else []
     if choose == "time" and target.missing and any(layer.reason is None for layer in layers):
         notes.append(f"nothing is packed: {target.missing}")
     exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
     checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
-    form = checks.first(_forms(given, folded, packed, inputs, notes), notes)
+    form = checks.first(_forms(given, folded, choices, inputs, notes), notes)
     memory_format, network_ms = "contiguous", dict[str, float]()
     if choose == "time":
         dense = _Form("dense", folded.model, folded=tuple(folded.folded))
         form, memory_format, network_ms = _fastest(form, dense, inputs, checks, notes)
     plan = OptimizePlan(
-        layers=tuple(_final(choice, form) for choice in choices),
+        layers=tuple(_final(row, form) for row in choices.rows),
         precision=precision,
         instruction_set=target.instruction_set,
         memory_format=memory_format,
@@ -118,16 +129,19 @@ class _Form:
 def _forms(
     given: nn.Module,
     folded: Folded,
-    packed: Mapping[str, nn.Module],
+    choices: Choices,
     inputs: tuple[Tensor, ...],
     notes: list[str],
 ) -> Iterator[_Form]:
     """Yield the forms of a network, the best first; the last one is the network as given."""
     norms = tuple(folded.folded)
-    if packed:
-        network = replace_layers(copy.deepcopy(folded.model), packed)
-        names = frozenset(packed)
-        if any(isinstance(module, PackedLayer) for module in packed.values()) and "" not in packed:
+    network, names = folded.model, frozenset[str]()
+    for level in choices.levels:
+        packed = choices.modules(choices.options(level))
+        if not packed:
+            break
+        network, names = _with_layers(folded.model, packed), frozenset(packed)
+        if any(isinstance(module, KernelLayer) for module in packed.values()) and "" not in packed:
             try:
                 graph, epilogues = fuse(network, inputs)
             except Exception as error:
@@ -135,9 +149,21 @@ def _forms(
             else:
                 yield _Form("packed", graph, names, epilogues, norms)
             unfuse(network)
+    if names:
         yield _Form("packed", network, names, folded=norms)
+        # Code of the network may count on contiguous results.
+        yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
     yield _Form("dense", folded.model, folded=norms)
     yield _Form("as given", given)
+
+
+def _with_layers(model: nn.Module, packed: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy with packed layers in the place of others, which aren't copied."""
+    names = dict(model.named_modules())
+    kept = {id(names[name]): names[name] for name in packed if name}
+    fresh = {name: copy.deepcopy(module) for name, module in packed.items()}
+    network = replace_layers(copy.deepcopy(model, dict(kept)), fresh)
+    return hand_on_channels_last(network, True)
 
 
 class _Checks:
@@ -203,7 +229,8 @@ def _fastest(
     tried: dict[str, tuple[_Form, str]] = {}
     for candidate in (form, dense) if form.packed else (form,):
         tried[candidate.name] = candidate, "contiguous"
-        convolutions = any(isinstance(module, nn.Conv2d) for module in candidate.network.modules())
+        modules = list(candidate.network.modules())
+        convolutions = any(isinstance(module, nn.Conv2d | nn.Conv3d) for module in modules)
         if convolutions and inputs[0].device.type == "cpu":
             reordered = in_memory_format(copy.deepcopy(candidate.network), "channels_last")
             again = replace(candidate, network=reordered)
@@ -227,16 +254,21 @@ def _fastest(
     return replace(chosen, difference=difference), memory_format, times
 
 
-def _final(choice: LayerChoice, form: _Form) -> LayerChoice:
-    if choice.layer not in form.packed:
-        return choice
-    epilogue = form.epilogues.get(choice.layer)
-    return replace(choice, chosen="packed", fused=str(epilogue) if epilogue else None)
+def _final(row: LayerChoice, form: _Form) -> LayerChoice:
+    if row.layer not in form.packed:
+        return row
+    epilogue = form.epilogues.get(row.layer)
+    row = replace(row, chosen="packed", fused=str(epilogue) if epilogue else None)
+    module = form.network.get_submodule(row.layer)
+    if not isinstance(module, PackedWinogradConv3d):
+        return row
+    most = math.prod(coordinates(module.tile, module.short))
+    return replace(row, tile=module.tile, columns=(len(module.columns), most))
 
 
 def _check(model: nn.Module, precision: str, choose: str) -> None:
     if isinstance(model, OptimizedModel) or (
-        isinstance(model, nn.Module) and any(isinstance(m, PackedLayer) for m in model.modules())
+        isinstance(model, nn.Module) and any(isinstance(m, KernelLayer) for m in model.modules())
     ):
         raise UserError(
             "the model is optimized already: give the model that it was made from, since packed "

@@ -12,10 +12,22 @@ from torch import Tensor, nn
 from tenfold.deploy.fuse import Epilogue, apply_epilogues
 from tenfold.deploy.plan import OptimizePlan
 from tenfold.errors import unknown_name
+from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
-__all__ = ["MEMORY_FORMATS", "OptimizedModel", "in_memory_format", "largest_difference", "reopen"]
+__all__ = [
+    "MEMORY_FORMATS",
+    "OptimizedModel",
+    "hand_on_channels_last",
+    "in_memory_format",
+    "largest_difference",
+    "reopen",
+]
 
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Of the weights of 2-D and of 3-D convolutions.
+MEMORY_FORMATS = {
+    "contiguous": (torch.contiguous_format, torch.contiguous_format),
+    "channels_last": (torch.channels_last, torch.channels_last_3d),
+}
 
 
 class OptimizedModel(nn.Module):
@@ -96,11 +108,22 @@ def reopen(
 
 
 def in_memory_format(network: nn.Module, name: str) -> nn.Module:
-    """Lay out the weights of a network's dense 2-D convolutions in place, and return it."""
+    """Lay out the weights of a network's dense convolutions in place, and return it."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            data = module.weight.data
-            module.weight.data = data.contiguous(memory_format=MEMORY_FORMATS[name])
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            data, spatial = module.weight.data, isinstance(module, nn.Conv3d)
+            module.weight.data = data.contiguous(memory_format=MEMORY_FORMATS[name][spatial])
+    return network
+
+
+def hand_on_channels_last(network: nn.Module, wanted: bool) -> nn.Module:
+    """Say in which order packed 3-D convolutions hand on their results, and return the network.
+
+    Inside their channels are last. Else results lie as the layer's input does.
+    """
+    for module in network.modules():
+        if isinstance(module, PackedWinogradConv3d):
+            module.channels_last = wanted
     return network
 
 

@@ -24,8 +24,10 @@ class LayerChoice:
         kind: "Conv2d" or "Linear", or the name of a class derived from one.
         pattern: N:M that its zeros follow, or None.
         input: shape of its input at its first call with the example, or None.
-        dense_ms: milliseconds of the dense layer, in the better memory format.
-        packed_ms: milliseconds of the packed layer.
+        tile: outputs of a tile, of a 3-D convolution that is computed in the Winograd domain.
+        columns: its kept columns, and all of them.
+        dense_ms: milliseconds of the layer as it is, in the better memory format.
+        packed_ms: milliseconds of the packed layer; of a 3-D convolution, in its fastest tile.
         chosen: "packed" or "dense".
         fused: what the packed layer does besides, such as "add, relu".
         reason: why it stays dense, where that isn't a matter of time.
@@ -35,6 +37,8 @@ class LayerChoice:
     kind: str
     pattern: str | None = None
     input: tuple[int, ...] | None = None
+    tile: tuple[int, int, int] | None = None
+    columns: tuple[int, int] | None = None
     dense_ms: float | None = None
     packed_ms: float | None = None
     chosen: str = "dense"
@@ -79,7 +83,7 @@ class OptimizePlan:
         values = asdict(self)
         values["folded"] = list(self.folded)
         values["layers"] = [
-            {**asdict(row), "input": None if row.input is None else list(row.input)}
+            {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(row).items()}
             for row in self.layers
         ]
         return values
@@ -92,10 +96,13 @@ class OptimizePlan:
             UserError: a key that a plan doesn't have, or lacks.
         """
         try:
-            rows = [
-                LayerChoice(**{**row, "input": None if row["input"] is None else (*row["input"],)})
-                for row in values["layers"]
-            ]
+            rows = []
+            for row in values["layers"]:
+                given: dict[str, Any] = {
+                    key: (*value,) if isinstance(value, list) else value
+                    for key, value in row.items()
+                }
+                rows.append(LayerChoice(**given))
             return cls(**{**values, "layers": (*rows,), "folded": (*values["folded"],)})
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -111,7 +118,7 @@ class OptimizePlan:
                 [
                     row.layer or "(the model)",
                     row.kind,
-                    row.pattern or "-",
+                    row.pattern or _domain(row) or "-",
                     "-" if row.input is None else "x".join(str(size) for size in row.input),
                     _ms(row.dense_ms),
                     _ms(row.packed_ms),
@@ -119,7 +126,7 @@ class OptimizePlan:
                     row.fused or "",
                 ]
             )
-            if row.reason is not None and row.pattern is not None:
+            if row.reason is not None and (row.pattern is not None or "3d" in row.kind.lower()):
                 notes.setdefault(row.reason, []).append(row.layer)
         parts = [columns(rows)] if self.layers else []
         lines = [
@@ -136,6 +143,13 @@ class OptimizePlan:
         lines += [f"dense, {why}: {_names(layers)}" for why, layers in notes.items()]
         wrapped = [textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines]
         return "\n\n".join([*parts, "\n".join(wrapped)])
+
+
+def _domain(row: LayerChoice) -> str | None:
+    """Return tile and kept columns, such as 2x4x4 72/144."""
+    if row.tile is None or row.columns is None:
+        return None
+    return f"{'x'.join(map(str, row.tile))} {row.columns[0]}/{row.columns[1]}"
 
 
 def _names(layers: list[str], most: int = 5) -> str:

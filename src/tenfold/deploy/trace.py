@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tenfold.nn.packed import PackedLayer
+from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["trace"]
 
@@ -51,7 +52,7 @@ class _Tracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, PackedLayer) or type(m) in self.whole:
+        if isinstance(m, KernelLayer | WinogradConv3d) or type(m) in self.whole:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

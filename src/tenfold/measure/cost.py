@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet
-from tenfold.nn.packed import PackedLayer
+from tenfold.nn.kernel_layer import KernelLayer
 
 __all__ = ["Cost", "LayerCost", "count_cost"]
 
@@ -167,8 +167,8 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 
 def _packed_parameters(model: nn.Module) -> list[Tensor]:
     """Return the dense form of packed layers' weights, and their biases, which are buffers."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    biases = [layer.bias for layer in packed if layer.bias is not None]
+    packed = [module for module in model.modules() if isinstance(module, KernelLayer)]
+    biases = [bias for layer in packed if isinstance(bias := layer.bias, Tensor)]
     return [*(layer.weight for layer in packed), *biases]
 
 
@@ -191,7 +191,7 @@ def _count(
 ) -> tuple[dict[str, int], int]:
     """Run once and return the multiply-adds of each layer and of the whole network."""
     # The kernels of packed layers are no operators of PyTorch: their outputs say what they cost.
-    packed = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLayer)}
+    packed = {name: layer for name, layer in layers.items() if isinstance(layer, KernelLayer)}
     counter = FlopCounterMode(display=False)
     assign = _Assign(counter, {n: layer for n, layer in layers.items() if n not in packed})
     macs = dict.fromkeys(packed, 0)

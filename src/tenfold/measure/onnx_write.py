@@ -13,7 +13,7 @@ from tenfold.errors import UserError
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet, reason
 from tenfold.measure.runners import METADATA_KEY
-from tenfold.nn.packed import PackedLayer
+from tenfold.nn.kernel_layer import KernelLayer
 
 __all__ = ["OPSET", "metadata_text", "trace_inputs", "write_onnx"]
 
@@ -46,7 +46,7 @@ def write_onnx(
     """
     import torch
 
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
+    if any(isinstance(module, KernelLayer) for module in model.modules()):
         raise UserError(
             "packed for this CPU: ONNX has no such operators; export the model that was given to "
             "optimize"

@@ -12,14 +12,14 @@ layout `values` and `index` are. All tensors are buffers, since such a layer isn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import StateError, UserError, unknown_name
+from tenfold.errors import UserError, unknown_name
 from tenfold.kernels import native, nm, reference
+from tenfold.nn.kernel_layer import KernelLayer, finish
 from tenfold.nn.packable import fixed_padding, pair, refuse_unpackable
 
 __all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer"]
@@ -40,7 +40,7 @@ class _Calls(dict[tuple[torch.Size, str], native.Prepared]):
         return _Calls()
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(KernelLayer):
     """What `NMConv2d` and `NMLinear` have in common: the packed weight and what follows it.
 
     Args:
@@ -67,7 +67,6 @@ class PackedLayer(nn.Module):
         self.shape = shape
         self.n, self.m, self.k = n, m, math.prod(shape[1:])
         self.precision = precision
-        self.activation = "none"
         self.register_buffer("values", values.to(PRECISIONS[precision]))
         self.register_buffer("index", index)
         self.register_buffer("scale", torch.ones(shape[0]) if precision == "int8" else None)
@@ -142,19 +141,6 @@ class PackedLayer(nn.Module):
         if layer.bias is not None:
             self.bias = layer.bias.detach().float().clone()
         return self
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise StateError(
-                "a packed layer has no gradient: run it under torch.inference_mode(), or use the "
-                "model that was given to optimize"
-            )
-        for given in (self.bias, self.scale):
-            if given is not None and given.dtype != x.dtype and x.dtype.is_floating_point:
-                raise UserError(
-                    f"the input is {x.dtype} and the packed layer's bias or scale {given.dtype}: "
-                    "expected one type; the kernels compute in torch.float32"
-                )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -244,7 +230,7 @@ class NMLinear(PackedLayer):
         call = self._prepared(x, add)
         if call is not None:
             return call(x, add)
-        self._check_input(x)
+        self._check_types(x, self.bias, self.scale)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise UserError(
                 f"input of shape {tuple(x.shape)}: expected (..., {self.in_features}) features"
@@ -255,7 +241,7 @@ class NMLinear(PackedLayer):
                 x, self.values, self.index, self.scale, self.bias, add, (self.n, self.m), activation
             )
 
-        y = _finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
+        y = finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
         self._remember(x)
         return y
 
@@ -363,7 +349,7 @@ class NMConv2d(PackedLayer):
         call = self._prepared(x, add)
         if call is not None:
             return call(x, add)
-        self._check_input(x)
+        self._check_types(x, self.bias, self.scale)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(
                 f"input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W)"
@@ -387,7 +373,7 @@ class NMConv2d(PackedLayer):
             for i in (0, 1)
         )
         shape = (x.shape[0], self.out_channels, height, width)
-        y = _finish(run, x, add, shape, self.activation)
+        y = finish(run, x, add, shape, self.activation)
         self._remember(x)
         return y
 
@@ -406,16 +392,3 @@ class NMConv2d(PackedLayer):
                 parts.append(f"{name}={getattr(self, name)}")
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         return ", ".join([*parts, self._described()])
-
-
-def _finish(
-    run: Callable[[Tensor | None, str], Tensor],
-    x: Tensor,
-    add: Tensor | None,
-    shape: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """Add inside the kernel where the operand has the result's shape and type, else outside."""
-    if add is None or (tuple(add.shape) == tuple(shape) and add.dtype == x.dtype):
-        return run(add, activation)
-    return nm.ACTIVATIONS[activation](run(None, "none") + add)

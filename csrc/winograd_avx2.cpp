@@ -1,0 +1,4 @@
+#define TENFOLD_ISA avx2
+#include "winograd.inc"
+
+#include "layout.inc"

@@ -1,0 +1,4 @@
+#define TENFOLD_ISA avx512
+#include "winograd.inc"
+
+#include "layout.inc"

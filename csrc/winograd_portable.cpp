@@ -1,0 +1,4 @@
+#define TENFOLD_ISA portable
+#include "winograd.inc"
+
+#include "layout.inc"
