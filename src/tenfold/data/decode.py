@@ -17,19 +17,29 @@ from tenfold.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BadImage", "decode", "encoded_size"]
+__all__ = ["BadClip", "BadImage", "decode", "encoded_size"]
 
 
 class BadImage(UserError):
     """An image that can't be read."""
 
+    unit = "image"
+    expected = "a whole image file that Pillow reads"
+
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"can't read image {name}: {reason}; expected a whole image file that Pillow reads, "
+            f"can't read {self.unit} {name}: {reason}; expected {self.expected}, "
             "replace or remove it"
         )
         self.name = name
         self.reason = reason
+
+
+class BadClip(BadImage):
+    """A clip that can't be read."""
+
+    unit = "clip"
+    expected = "a whole video file, or a folder of frames of one size"
 
 
 def decode(source: Path | bytes, channels: int, name: str) -> Tensor:
