@@ -12,7 +12,7 @@ __all__ = ["ArrayClips", "ArraySet", "ClipSet", "ImageSet", "LabelledSet"]
 
 
 class LabelledSet(ABC):
-    """An indexed set of labelled samples. An index is the sample's id in batches; it never shifts."""
+    """An indexed set of labelled samples. An index is an id in batches; it never shifts."""
 
     unit: str = "sample"
     """What a sample is called in messages."""

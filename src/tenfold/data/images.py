@@ -186,4 +186,3 @@ class ImageData(LabelledData):
             world_size=world_size,
             workers=workers,
         )
-

@@ -81,6 +81,16 @@ class LabelledData(ABC):
         """How many training samples make an epoch, of all ranks together."""
         return self._parts[0].size
 
+    @property
+    @abstractmethod
+    def train_ids(self) -> Tensor:
+        """The training ids that the loader visits, all but the skipped ones: int64, ascending."""
+
+    @property
+    @abstractmethod
+    def test_ids(self) -> Tensor:
+        """The held-out ids that the loader visits, likewise."""
+
     @abstractmethod
     def train_loader(
         self,

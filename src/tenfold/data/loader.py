@@ -6,6 +6,7 @@ Clips come as clip uint8 `(B, C, T, H, W)` in place of image.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,41 +24,49 @@ from tenfold.data.sampler import EpochSampler
 from tenfold.data.split import SampleSplit, Split, cpu_count
 from tenfold.data.transforms import Augmentation, BatchTransform
 
-__all__ = ["Batch", "FittedImages", "ImageLoader", "Source", "load_batches", "make_loader"]
+__all__ = [
+    "Batch",
+    "FittedImages",
+    "FittedSamples",
+    "ImageLoader",
+    "Source",
+    "load_batches",
+    "make_loader",
+]
 
 Batch = dict[str, Tensor]
 
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that a split may keep
 
 
-class FittedImages:
-    """The images of a set at the network's size, each decoded once if all of them fit in 1 GiB.
+class FittedSamples(ABC):
+    """The samples of a set at the network's size, each decoded once if all of them fit in 1 GiB.
 
-    Kept are the images of sets that ask for it (`keep_decoded`), after resize and centre crop,
-    filled as they are first used. Workers use what their parent had and keep nothing themselves:
-    each would hold its own copy.
+    They are filled as they are first used. Workers use what their parent had and keep nothing
+    themselves: each would hold its own copy.
+
+    Args:
+        count: how many there are.
+        facts: the network's input.
+        keep: whether decoded samples may stay in memory.
     """
 
-    def __init__(self, images: ImageSet, facts: Preprocessing) -> None:
-        self.images = images
+    def __init__(self, count: int, facts: Preprocessing, keep: bool) -> None:
         self.facts = facts
-        shape = (len(images), facts.channels, *facts.size)
-        self.kept = images.keep_decoded and math.prod(shape) <= MEMORY_LIMIT
+        shape = (count, *facts.shape)
+        self.kept = keep and math.prod(shape) <= MEMORY_LIMIT
         self._store: Tensor | None = None
-        if isinstance(images, ArraySet) and tuple(images.images.shape) == shape:
-            self.kept = True
-            self._store, self._filled = images.images, torch.ones(len(images), dtype=torch.bool)
-        elif self.kept:
-            # The system hands out these pages one by one, as images are written to them.
+        if self.kept:
+            # The system hands out these pages one by one, as samples are written to them.
             self._store = torch.empty(shape, dtype=torch.uint8)
-            self._filled = torch.zeros(len(images), dtype=torch.bool)
+            self._filled = torch.zeros(count, dtype=torch.bool)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the kept images out where a worker is started by pickling."""
+        """Leave the kept samples out where a worker is started by pickling."""
         return {**self.__dict__, "_store": None}
 
     def batch(self, ids: Tensor) -> Tensor:
-        """Return uint8 `(B, C, H, W)`, a copy."""
+        """Return uint8 `(B, ...)`, a copy."""
         if self._store is None:
             return torch.stack([self.one(i) for i in ids.tolist()])
         missing = ids[~self._filled[ids]].tolist()
@@ -72,8 +81,32 @@ class FittedImages:
         return torch.from_numpy(self._store.numpy()[ids.numpy()])
 
     def one(self, index: int) -> Tensor:
-        """Decode one image, resized and cropped: uint8 `(C, H, W)`."""
-        return self.facts.fit(self.images.image(index))
+        """Decode one sample, resized and cropped."""
+        return self.facts.fit(self.stored(index))
+
+    @abstractmethod
+    def stored(self, index: int) -> Tensor:
+        """Return one sample as it is stored."""
+
+
+class FittedImages(FittedSamples):
+    """The images of a set at the network's size, kept where the set asks for it."""
+
+    def __init__(self, images: ImageSet, facts: Preprocessing) -> None:
+        self.images = images
+        if isinstance(images, ArraySet) and tuple(images.images.shape) == (
+            len(images),
+            *facts.shape,
+        ):
+            super().__init__(len(images), facts, keep=False)
+            self.kept = True
+            self._store, self._filled = images.images, torch.ones(len(images), dtype=torch.bool)
+        else:
+            super().__init__(len(images), facts, images.keep_decoded)
+
+    def stored(self, index: int) -> Tensor:
+        """Return one image as it is stored: uint8 `(C, h, w)`."""
+        return self.images.image(index)
 
 
 @dataclass(frozen=True)
