@@ -77,6 +77,12 @@ class LabelledData(ABC):
         self._parts = (train, test)
 
     @property
+    def described(self) -> str:
+        """What the network is given, for messages: `an image of 3x32x32`."""
+        article = "an" if self.key[0] in "aeiou" else "a"
+        return f"{article} {self.key} of {'x'.join(str(length) for length in self.shape)}"
+
+    @property
     def train_size(self) -> int:
         """How many training samples make an epoch, of all ranks together."""
         return self._parts[0].size

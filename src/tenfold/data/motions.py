@@ -59,7 +59,7 @@ PHOTOS = {
 }
 
 _FRAMES, _SIZE = 8, (32, 32)
-_TRAIN, _TEST = 2000, 1000
+_TRAIN, _TEST = 4000, 1000
 _SPLITS = ("train", "test")
 
 # Speeds a frame, of clips of 8 frames; longer ones go slower, so that the whole way is the same.
@@ -121,7 +121,7 @@ class MotionSet(ClipSet):
 
 
 def motions(options: DataOptions) -> ClipData:
-    """Build the set, 2,000 clips to train on and 1,000 held out unless the options say otherwise.
+    """Build the set, 4,000 clips to train on and 1,000 held out unless the options say otherwise.
 
     Raises:
         UserError: a path is given, or scikit-image's photos aren't there.

@@ -49,7 +49,7 @@ class DataOptions:
         buffer: streaming: each reader shuffles among so many images; None: 1,000.
         frames: clips: how many frames the network sees; None: 16, and 8 of motions.
         stride: clips: every so many frames of a video or folder are taken; None: 1.
-        train_clips: motions: how many to train on; None: 2,000.
+        train_clips: motions: how many to train on; None: 4,000.
         test_clips: motions: how many are held out; None: 1,000.
         seed: motions: another seed gives other clips; None: 0. It is not the run's.
 

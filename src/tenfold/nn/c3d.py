@@ -55,7 +55,7 @@ class C3D(nn.Module):
         batch_norm: bool = False,
     ):
         super().__init__()
-        shape = (frames, *size)
+        shape: tuple[int, ...] = (frames, *size)
         for name, value in (("frames and size", min(shape)), ("width", width), ("hidden", hidden)):
             if value < 1:
                 raise UserError(f"{name}={value}: expected at least 1")
