@@ -24,6 +24,24 @@ def small(num_classes: int, channels: int = 1, width: int = 8) -> nn.Module:
     )
 
 
+def volumes(num_classes: int, channels: int = 1, width: int = 8) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm3d(width),
+        nn.ReLU(),
+        nn.Conv3d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm3d(width),
+        nn.ReLU(),
+        nn.Conv3d(width, 2 * width, 3, padding=(1, 0, 1)),
+        nn.ReLU(),
+        nn.Conv3d(2 * width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
 class Bomb(nn.Module):
     """Gives NaN from its `fuse`-th training batch on."""
 

@@ -16,6 +16,8 @@ from tests.methods.test_contract import SAMPLES
 
 pytestmark = pytest.mark.path
 
+# Networks and the sizes of their inputs, for methods that need others than images.
+NETWORKS = {"winograd3d": (nets.volumes, (1, 5, 8, 6))}
 WEIGHT_METHODS = sorted(key for key, method in registry().items() if method.kind is Kind.WEIGHTS)
 
 
@@ -33,13 +35,14 @@ def train(model, method, size, optimizer, steps=20):
 def test_from_training_to_every_runtime(key, tmp_path):
     torch.manual_seed(0)
     method = find(key)(**SAMPLES[key])
-    model = method.attach(nets.small(10), total_steps=20)
-    train(model, method, (1, 8, 8), torch.optim.SGD(method.parameters_for(model), lr=0.05))
+    build, size = NETWORKS.get(key, (nets.small, (1, 8, 8)))
+    model = method.attach(build(10), total_steps=20)
+    train(model, method, size, torch.optim.SGD(method.parameters_for(model), lr=0.05))
     model = method.finalize(model).eval()
 
     path = tenfold.save(model, tmp_path / "artifact")
-    loaded = tenfold.load(path, model=nets.small(10))
-    images = torch.randn(5, 1, 8, 8)
+    loaded = tenfold.load(path, model=build(10))
+    images = torch.randn(5, *size)
     with torch.inference_mode():
         expected = model(images)
         assert torch.equal(loaded(images), expected)

@@ -18,12 +18,34 @@ from tests.made_up import Focal, Gain, Hermit, OtherLoss
 pytestmark = pytest.mark.unit
 
 # How to make each registered method; a new one fails `test_every_method_has_a_sample` until added.
-SAMPLES = {"lbc": {"n": 2, "m": 4}}
+SAMPLES = {"lbc": {"n": 2, "m": 4}, "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4}}
+# Methods whose result no plain layer can hold: they leave layers of tenfold.nn behind.
+INFERENCE_LAYERS = {"winograd3d": {"Conv3d": "WinogradConv3d"}}
 
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def volumes() -> nn.Sequential:
+    """For methods of 3-D convolutions; takes what `network` takes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2, 2)),
+        nn.Conv3d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv3d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+
+
+NETWORKS = {"winograd3d": volumes}
+
+
+def network_for(key: str) -> nn.Sequential:
+    return NETWORKS.get(key, network)()
 
 
 def step(model, optimizer, seed=0):
@@ -65,7 +87,7 @@ class TestEveryMethod:
         method = self.make(key)
         if method.kind is not Kind.WEIGHTS:
             pytest.skip("only weight methods attach to a bare model")
-        model = network()
+        model = network_for(key)
         keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
         model = method.attach(model, total_steps=8, steps_per_epoch=2)
         optimizer = torch.optim.SGD(method.parameters_for(model), lr=0.05)
@@ -76,15 +98,23 @@ class TestEveryMethod:
         expected = model.eval()(x)
         model = method.finalize(model)
         torch.testing.assert_close(model(x), expected)
-        assert list(model.state_dict()) == keys
-        assert [type(m) for m in model.modules()] == types
+        if key in INFERENCE_LAYERS:
+            others = INFERENCE_LAYERS[key]
+            found = [type(m).__name__ for m in model.modules()]
+            assert found != [t.__name__ for t in types]
+            for before, after in zip(types, found, strict=True):
+                assert after in (before.__name__, others.get(before.__name__))
+            assert not any("parametrizations" in name for name in model.state_dict())
+        else:
+            assert list(model.state_dict()) == keys
+            assert [type(m) for m in model.modules()] == types
         step(model, optimizer)  # no hook is left that would complain
 
     def test_one_epoch_is_enough(self, key):
         method = self.make(key)
         if method.kind is not Kind.WEIGHTS:
             pytest.skip("only weight methods attach to a bare model")
-        model = method.attach(network(), total_steps=6, steps_per_epoch=6)
+        model = method.attach(network_for(key), total_steps=6, steps_per_epoch=6)
         optimizer = torch.optim.SGD(method.parameters_for(model), lr=0.05)
         for index in range(6):
             step(model, optimizer, index)
@@ -93,7 +123,7 @@ class TestEveryMethod:
 
     def test_state_survives_weights_only_loading(self, key, tmp_path):
         method = self.make(key)
-        method.attach(network(), total_steps=6)
+        method.attach(network_for(key), total_steps=6)
         torch.save(method.state_dict(), tmp_path / "state")
         method.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
 

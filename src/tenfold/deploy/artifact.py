@@ -26,6 +26,7 @@ from tenfold.deploy.fuse import Epilogue
 from tenfold.deploy.optimized import OptimizedModel, reopen
 from tenfold.deploy.plan import OptimizePlan
 from tenfold.deploy.semi_structured import SemiStructuredLayer
+from tenfold.deploy.winograd_edits import WINOGRAD, winograd_edits
 from tenfold.errors import UserError
 from tenfold.nn.blocks import nm_pattern
 from tenfold.nn.models import Network, check_name, rebuild
@@ -59,12 +60,20 @@ class Artifact:
         """Return the weights by name, the packed ones dense again.
 
         Raises:
-            UserError: an optimized model, whose weights are no longer those of its network.
+            UserError: an optimized model, or one with layers in the Winograd domain, whose weights
+                are no longer those of its network.
         """
         if self.plan is not None:
             raise UserError(
                 f"{self.path} holds a model that was optimized for one machine: give the artifact "
                 "of the model that it was made from"
+            )
+        changed = [edit["module"] for edit in self.edits if edit.get("type") == WINOGRAD]
+        if changed:
+            raise UserError(
+                f"{self.path}: {changed[0] or 'the model'} was trained or pruned in the Winograd "
+                "domain and has no 3x3x3 kernel: load the whole model, or give the artifact of the "
+                "model that it was made from"
             )
         return _unpack(self)
 
@@ -104,10 +113,12 @@ def save(
     ...     load(path, model=nn.Linear(4, 2)).weight.shape
     torch.Size([2, 4])
     """
-    if any("parametrizations." in name for name in model.state_dict()):
+    if any("parametrizations." in name for name in model.state_dict()) or any(
+        getattr(module, "training_form", False) is True for module in model.modules()
+    ):
         raise UserError(
-            "the model is still in training form (it has parametrizations): call the method's "
-            "finalize(model) first"
+            "the model is still in training form (it has parametrizations, or layers for training "
+            "alone): call the method's finalize(model) first"
         )
     if any(isinstance(module, SemiStructuredLayer) for module in model.modules()):
         raise UserError(
@@ -229,7 +240,7 @@ def _as_network(network: Network | str | Mapping[str, Any] | None) -> Network:
 
 def _pack(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors: dict[str, Tensor] = {}
-    edits: list[dict[str, Any]] = []
+    edits = winograd_edits(model)
     layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules()
@@ -269,8 +280,9 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
             )
         model = rebuild(artifact.network)
     epilogues: dict[str, Epilogue] = {}
+    model, _ = replay(model, [edit for edit in artifact.edits if edit.get("type") == WINOGRAD])
     if artifact.plan is not None:
-        changes = [edit for edit in artifact.edits if edit.get("type") != PACKED]
+        changes = [edit for edit in artifact.edits if edit.get("type") not in (PACKED, WINOGRAD)]
         model, epilogues = replay(model, changes)
     state = _unpack(artifact)
     expected = model.state_dict()
@@ -310,7 +322,7 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
         raise UserError(f"{artifact.path / WEIGHTS} can't be read: {error}") from error
     for edit in artifact.edits:
         kind = edit.get("type")
-        if kind != PACKED and (kind not in EDITS or artifact.plan is None):
+        if kind not in (PACKED, WINOGRAD) and (kind not in EDITS or artifact.plan is None):
             raise UserError(
                 f"{artifact.path} has an edit of type {kind!r}: this version of tenfold knows "
                 f"{', '.join((PACKED, *EDITS))}; load it with the version that wrote it"

@@ -7,6 +7,7 @@ file can't name anything else:
     Bias         a layer without a bias has one
     NMConv2d     a convolution is packed: n, m, shape, precision, bias, add, activation
     NMLinear     the same of a linear layer
+    WinogradConv3d  see `winograd_edits`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
 from tenfold.deploy.fuse import Epilogue
+from tenfold.deploy.winograd_edits import WINOGRAD, winograd_layer
 from tenfold.errors import UserError
 from tenfold.kernels import nm
 from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
@@ -28,7 +30,7 @@ from tenfold.nn.packing import pack_nm, unpack_nm
 __all__ = ["EDITS", "describe_edits", "from_stored", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
-EDITS = ("FoldedNorm", "Bias", *_PACKED)
+EDITS = ("FoldedNorm", "Bias", *_PACKED, WINOGRAD)
 
 
 def describe_edits(
@@ -92,7 +94,12 @@ def replay(
                 f"an edit of the artifact doesn't fit the network: {error}: give the network that "
                 "was saved"
             ) from error
-        if kind in _PACKED:
+        if kind == WINOGRAD:
+            replacement = winograd_layer(module, name, arguments)
+            every = list(network.named_modules(remove_duplicate=False))
+            names = [other for other, found in every if found is module]
+            network = replace_layers(network, dict.fromkeys(names, replacement))
+        elif kind in _PACKED:
             network = replace_layers(network, {name: _packed(kind, module, name, arguments)})
             epilogues[name] = _epilogue(name, arguments)
         elif kind == "FoldedNorm" and name and remove_norm(network, module):

@@ -4,7 +4,8 @@ In eval mode BatchNorm is an affine map per channel, so it can be merged into th
 it. Which layer feeds which BatchNorm is read from the `torch.export` graph, not from module names,
 so that any network works. A pair is folded only when the layer's result goes to that BatchNorm
 alone and both modules are called once. Folding scales whole output channels: a zero weight stays
-zero, so N:M patterns survive.
+zero, so N:M patterns survive. A Winograd layer is many operations in the graph: the module that the
+last of them belongs to says which layer it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from tenfold.errors import UserError
 from tenfold.measure.inputs import ExampleInputs, as_inputs, run_once
 from tenfold.measure.quiet import quiet, reason
+from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["Folded", "eval_copy", "fold_batch_norm", "norm_replacement", "remove_norm"]
 
@@ -119,15 +121,26 @@ def _pairs(program: torch.export.ExportedProgram) -> list[_Pair]:
         if _op(norm) != "batch_norm" or norm.args[5] is not False:
             continue
         layer = norm.args[0]
-        if not isinstance(layer, Node) or _op(layer) not in _LAYER_OPS or len(layer.users) != 1:
+        if not isinstance(layer, Node) or len(layer.users) != 1:
             continue
-        if not _per_channel(layer):
-            continue
-        layer_module = _owner(layer.args[1:3], names)
+        if _op(layer) in _LAYER_OPS:
+            layer_module = _owner(layer.args[1:3], names) if _per_channel(layer) else None
+        else:
+            layer_module = _winograd_module(layer, names)
         norm_module = _owner(norm.args[1:5], names)
         if layer_module is not None and norm_module is not None:
             pairs.append(_Pair(layer_module, norm_module))
     return pairs
+
+
+def _winograd_module(last: Node, names: dict[str, str]) -> str | None:
+    """Return the name of the Winograd layer whose result a node is, if it is called once."""
+    stack = list((last.meta.get("nn_module_stack") or {}).values())
+    if not stack or not str(stack[-1][1]).endswith(WinogradConv3d.__name__):
+        return None
+    name = stack[-1][0]
+    values = [n for n in last.graph.nodes if names.get(n.name) == f"{name}.values"]
+    return name if len(values) == 1 and len(values[0].users) == 1 else None
 
 
 def _op(node: Node) -> str:
@@ -179,6 +192,13 @@ def _fold_pair(model: nn.Module, pair: _Pair) -> bool:
         weight, bias = fuse_conv_bn_weights(
             layer.weight, layer.bias, mean, variance, epsilon, scale, shift, transposed
         )
+    elif isinstance(layer, WinogradConv3d):
+        weight, bias = fuse_conv_bn_weights(
+            layer.values.transpose(0, 1), layer.bias, mean, variance, epsilon, scale, shift
+        )
+        layer.fold(weight.transpose(0, 1), bias)
+        remove_norm(model, norm)
+        return True
     else:
         return False
     layer.weight, layer.bias = weight, bias

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import StateError
 
-__all__ = ["check_agreement", "keep_out_of_broadcasts"]
+__all__ = ["check_agreement", "keep_out_of_broadcasts", "sum_over_ranks", "take_from_rank_zero"]
 
 # DistributedDataParallel reads this list from the module that it wraps.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -31,7 +31,7 @@ def check_agreement(what: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: a rank differs; the first layer and the ranks are named. All ranks raise.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several():
         return
     sums = [
         zlib.crc32(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -50,6 +50,33 @@ def check_agreement(what: str, tensors: Mapping[str, Tensor]) -> None:
                 "the ranks saw different gradients or started from different checkpoints; start "
                 "all of them from the same one"
             )
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place; does nothing in a single process."""
+    if _several():
+        dist.all_reduce(value)
+    return value
+
+
+@torch.no_grad()
+def take_from_rank_zero(tensors: Iterable[Tensor]) -> None:
+    """Copy rank 0's values into every rank's tensors; does nothing in a single process.
+
+    For what a method computes from weights at attach and keeps out of DDP's own broadcasts.
+    """
+    if not _several():
+        return
+    for tensor in tensors:
+        # NCCL moves tensors on GPUs only, and a network may still be on the CPU.
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
+        value = tensor.detach().to(device, copy=True).contiguous()
+        dist.broadcast(value, 0)
+        tensor.copy_(value)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def keep_out_of_broadcasts(module: nn.Module, buffers: Iterable[str]) -> None:
