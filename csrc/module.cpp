@@ -7,24 +7,33 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "nm.h"
+#include "pooling.h"
 
 namespace nb = nanobind;
 
 namespace {
 
+using tenfold::Attention;
 using tenfold::Conv2d;
 using tenfold::Linear;
+using tenfold::MaxPool2d;
+using tenfold::MeanPool;
 using tenfold::Weight;
 using Address = std::uintptr_t;
 
 struct Kernels {
   bool (*conv2d)(const Conv2d&);
   bool (*linear)(const Linear&);
+  bool (*attention)(const Attention&);
+  bool (*max_pool2d)(const MaxPool2d&);
+  void (*mean_pool)(const MeanPool&);
   double (*peak)(bool);
 };
-#define TENFOLD_KERNELS(isa) \
-  { tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak }
+#define TENFOLD_KERNELS(isa)                                                               \
+  { tenfold::isa::nm_conv2d,  tenfold::isa::nm_linear, tenfold::isa::attention,             \
+    tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::peak }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
 // Best first.
@@ -128,6 +137,65 @@ void linear(Address x, Address values, Address index, Address scale, Address bia
   if (!done) throw std::bad_alloc();
 }
 
+// Strides in floats over batch, heads and tokens.
+void attention(Address q, long q_batch, long q_head, long q_token, Address k, long k_batch,
+               long k_head, long k_token, Address v, long v_batch, long v_head, long v_token,
+               Address out, long batch, long heads, long queries, long keys, long depth,
+               float scale, int threads) {
+  const Attention problem{{reinterpret_cast<const float*>(q), q_batch, q_head, q_token},
+                          {reinterpret_cast<const float*>(k), k_batch, k_head, k_token},
+                          {reinterpret_cast<const float*>(v), v_batch, v_head, v_token},
+                          reinterpret_cast<float*>(out),
+                          batch,
+                          heads,
+                          queries,
+                          keys,
+                          depth,
+                          scale,
+                          threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.attention(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void max_pool2d(Address x, Address out, long planes, long height, long width, long out_height,
+                long out_width, long kernel_height, long kernel_width, long stride_y,
+                long stride_x, long padding_y, long padding_x, long dilation_y, long dilation_x,
+                bool relu, int threads) {
+  const MaxPool2d pool{reinterpret_cast<const float*>(x),
+                       reinterpret_cast<float*>(out),
+                       planes,
+                       height,
+                       width,
+                       out_height,
+                       out_width,
+                       kernel_height,
+                       kernel_width,
+                       stride_y,
+                       stride_x,
+                       padding_y,
+                       padding_x,
+                       dilation_y,
+                       dilation_x,
+                       relu,
+                       threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.max_pool2d(pool);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void mean_pool(Address x, Address out, long planes, long pixels, int threads) {
+  nb::gil_scoped_release release;
+  kernels.mean_pool({reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), planes,
+                     pixels, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -136,5 +204,8 @@ NB_MODULE(_kernels, m) {
   m.def("use", use);
   m.def("conv2d", conv2d);
   m.def("linear", linear);
+  m.def("attention", attention);
+  m.def("max_pool2d", max_pool2d);
+  m.def("mean_pool", mean_pool);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

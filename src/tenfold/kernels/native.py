@@ -16,7 +16,17 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels.reference import channel_tile
 
-__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "peak", "usable"]
+__all__ = [
+    "conv2d",
+    "differentiated",
+    "extension",
+    "fits",
+    "instruction_set",
+    "linear",
+    "missing",
+    "peak",
+    "usable",
+]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -64,6 +74,11 @@ def peak() -> tuple[float, float] | None:
     return None if _module is None else (_module.peak(False), _module.peak(True))
 
 
+def extension() -> Any:
+    """Return the compiled extension; call it only where `fits` holds."""
+    return _module
+
+
 def fits(x: Tensor) -> bool:
     """Tell whether the compiled kernels take this input: float32 on the CPU."""
     return _module is not None and x.dtype == torch.float32 and x.device.type == "cpu"
@@ -72,6 +87,11 @@ def fits(x: Tensor) -> bool:
 def usable(x: Tensor) -> bool:
     """Tell whether to call the kernels directly, past PyTorch's dispatcher, which takes longer."""
     return type(x) is Tensor and fits(x) and not torch.compiler.is_compiling()
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Tell whether a gradient is wanted, which the kernels don't compute."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def conv2d(
