@@ -7,17 +7,22 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "layout.h"
 #include "memory.h"
 #include "nm.h"
+#include "pooling.h"
 #include "winograd.h"
 
 namespace nb = nanobind;
 
 namespace {
 
+using tenfold::Attention;
 using tenfold::Conv2d;
 using tenfold::Linear;
+using tenfold::MaxPool2d;
+using tenfold::MeanPool;
 using tenfold::Transpose;
 using tenfold::Weight;
 using tenfold::Winograd3d;
@@ -26,14 +31,18 @@ using Address = std::uintptr_t;
 struct Kernels {
   bool (*conv2d)(const Conv2d&);
   bool (*linear)(const Linear&);
+  bool (*attention)(const Attention&);
+  bool (*max_pool2d)(const MaxPool2d&);
+  void (*mean_pool)(const MeanPool&);
   double (*peak)(bool);
   bool (*winograd3d)(const Winograd3d&);
   void (*transpose)(const Transpose&);
 };
-#define TENFOLD_KERNELS(isa)                                                          \
-  {                                                                                   \
-    tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak,             \
-        tenfold::isa::winograd3d, tenfold::isa::transpose                             \
+#define TENFOLD_KERNELS(isa)                                                            \
+  {                                                                                     \
+    tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::attention,          \
+        tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::peak,          \
+        tenfold::isa::winograd3d, tenfold::isa::transpose                               \
   }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
@@ -197,6 +206,65 @@ void large_pages(Address memory, std::size_t bytes) {
   tenfold::advise_large_pages(reinterpret_cast<void*>(memory), bytes);
 }
 
+// Strides in floats over batch, heads and tokens.
+void attention(Address q, long q_batch, long q_head, long q_token, Address k, long k_batch,
+               long k_head, long k_token, Address v, long v_batch, long v_head, long v_token,
+               Address out, long batch, long heads, long queries, long keys, long depth,
+               float scale, int threads) {
+  const Attention problem{{reinterpret_cast<const float*>(q), q_batch, q_head, q_token},
+                          {reinterpret_cast<const float*>(k), k_batch, k_head, k_token},
+                          {reinterpret_cast<const float*>(v), v_batch, v_head, v_token},
+                          reinterpret_cast<float*>(out),
+                          batch,
+                          heads,
+                          queries,
+                          keys,
+                          depth,
+                          scale,
+                          threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.attention(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void max_pool2d(Address x, Address out, long planes, long height, long width, long out_height,
+                long out_width, long kernel_height, long kernel_width, long stride_y,
+                long stride_x, long padding_y, long padding_x, long dilation_y, long dilation_x,
+                bool relu, int threads) {
+  const MaxPool2d pool{reinterpret_cast<const float*>(x),
+                       reinterpret_cast<float*>(out),
+                       planes,
+                       height,
+                       width,
+                       out_height,
+                       out_width,
+                       kernel_height,
+                       kernel_width,
+                       stride_y,
+                       stride_x,
+                       padding_y,
+                       padding_x,
+                       dilation_y,
+                       dilation_x,
+                       relu,
+                       threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.max_pool2d(pool);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void mean_pool(Address x, Address out, long planes, long pixels, int threads) {
+  nb::gil_scoped_release release;
+  kernels.mean_pool({reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), planes,
+                     pixels, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -210,5 +278,8 @@ NB_MODULE(_kernels, m) {
   m.def("winograd3d", winograd3d);
   m.def("transpose", transpose);
   m.def("large_pages", large_pages);
+  m.def("attention", attention);
+  m.def("max_pool2d", max_pool2d);
+  m.def("mean_pool", mean_pool);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

@@ -10,6 +10,7 @@ file can't name anything else:
     PackedWinogradConv3d  a 3-D convolution is packed: tile, columns (null where it is dense),
                  points, short, channels_last, bias, add, activation, pool
     WinogradConv3d  see `winograd_edits`
+    Replaced     nodes of the fused graph that kernels of ours compute: nodes, their names and kinds
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
 from tenfold.nn.packing import pack_nm, unpack_nm
 from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
-__all__ = ["EDITS", "describe_edits", "from_stored", "replay", "to_stored"]
+__all__ = ["EDITS", "describe_edits", "from_stored", "replaced_nodes", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
-EDITS = ("FoldedNorm", "Bias", *_PACKED, PACKED_WINOGRAD, WINOGRAD)
+EDITS = ("FoldedNorm", "Bias", "Replaced", *_PACKED, PACKED_WINOGRAD, WINOGRAD)
 
 
 def describe_edits(
@@ -47,6 +48,7 @@ def describe_edits(
     network: nn.Module,
     folded: Sequence[str],
     epilogues: Mapping[str, Epilogue],
+    replaced: Mapping[str, str],
 ) -> tuple[dict[str, Any], ...]:
     """Return the edits that lead from a network to its optimized form.
 
@@ -55,6 +57,7 @@ def describe_edits(
         network: with BatchNorm folded and layers packed.
         folded: names of BatchNorm modules.
         epilogues: what packed layers do besides, by name.
+        replaced: nodes of its graph, see `tenfold.deploy.dense`.
     """
     edits = [_edit(name, "FoldedNorm", {}) for name in folded]
     now = dict(network.named_modules())
@@ -82,6 +85,8 @@ def describe_edits(
             and isinstance(getattr(other, "bias", None), Tensor)
         ):
             edits.append(_edit(name, "Bias", {}))
+    if replaced:
+        edits.append(_edit("", "Replaced", {"nodes": dict(replaced)}))
     return tuple(edits)
 
 
@@ -121,6 +126,8 @@ def replay(
             epilogues[name] = _epilogue(name, arguments)
         elif kind == "FoldedNorm" and name and remove_norm(network, module):
             continue
+        elif kind == "Replaced" and not name:
+            replaced_nodes([edit])
         elif kind == "Bias" and "bias" in module._parameters:
             _add_bias(module, name)
         else:
@@ -129,6 +136,23 @@ def replay(
                 f"one of {', '.join(EDITS)}, in the network that was saved"
             )
     return network, epilogues
+
+
+def replaced_nodes(edits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the nodes of the graph that kernels of ours compute, and their kinds.
+
+    Raises:
+        UserError: an edit that doesn't say so in names.
+    """
+    found: dict[str, str] = {}
+    for edit in edits:
+        if edit["type"] != "Replaced":
+            continue
+        nodes = edit["arguments"].get("nodes")
+        if not isinstance(nodes, dict) or not all(isinstance(kind, str) for kind in nodes.values()):
+            raise UserError(f"Replaced has nodes={nodes!r}: expected names and their kinds")
+        found.update(nodes)
+    return found
 
 
 def to_stored(layer: PackedLayer) -> tuple[Tensor, Tensor]:

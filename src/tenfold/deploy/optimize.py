@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tenfold.deploy.candidates import find_layers, replace_layers
 from tenfold.deploy.choose import CHOICES, Choices, Target, choose_layers, time_networks
+from tenfold.deploy.dense import replace_dense
 from tenfold.deploy.edits import describe_edits
 from tenfold.deploy.fold import Folded, eval_copy, fold_batch_norm
 from tenfold.deploy.fuse import Epilogue, fuse, unfuse
@@ -56,8 +58,8 @@ def optimize(
     BatchNorm is folded. Each Conv2d and Linear whose weights follow an N:M pattern, whoever made
     it, is timed dense and packed, and the faster form is kept. So is each 3x3x3 convolution, in
     tiles of several sizes in the Winograd domain. Activations, residual additions and maximum
-    pooling are fused into packed layers. The result takes any batch and image size that the model
-    takes.
+    pooling are fused into packed layers, and attention and pooling beside them go to kernels of
+    ours where those are faster. The result takes any batch and image size that the model takes.
     On a CUDA device 2:4 layers in float16 or bfloat16 go to the sparse tensor cores.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -94,7 +96,7 @@ def optimize(
         notes.append(f"nothing is packed: {target.missing}")
     exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
     checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
-    form = checks.first(_forms(given, folded, choices, inputs, notes), notes)
+    form = checks.first(_forms(given, folded, choices, inputs, choose, notes), notes)
     memory_format, network_ms = "contiguous", dict[str, float]()
     if choose == "time":
         dense = _Form("dense", folded.model, folded=tuple(folded.folded))
@@ -106,11 +108,12 @@ def optimize(
         memory_format=memory_format,
         inputs=len(inputs),
         folded=form.folded,
+        replaced=dict(Counter(form.replaced.values())),
         network_ms=network_ms,
         difference=form.difference,
         reason="; ".join(notes) or None,
     )
-    edits = describe_edits(given, form.network, form.folded, form.epilogues)
+    edits = describe_edits(given, form.network, form.folded, form.epilogues, form.replaced)
     return OptimizedModel(form.network, plan, edits)
 
 
@@ -122,6 +125,7 @@ class _Form:
     network: nn.Module
     packed: frozenset[str] = frozenset()
     epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
     difference: float | None = None
 
@@ -131,6 +135,7 @@ def _forms(
     folded: Folded,
     choices: Choices,
     inputs: tuple[Tensor, ...],
+    choose: str,
     notes: list[str],
 ) -> Iterator[_Form]:
     """Yield the forms of a network, the best first; the last one is the network as given."""
@@ -147,12 +152,14 @@ def _forms(
             except Exception as error:
                 notes.append(f"layers are packed, but nothing is fused: no graph: {reason(error)}")
             else:
-                yield _Form("packed", graph, names, epilogues, norms)
+                replaced = replace_dense(graph, inputs, choose)
+                yield _Form("packed", graph, names, epilogues, replaced, norms)
             unfuse(network)
     if names:
         yield _Form("packed", network, names, folded=norms)
-        # Code of the network may count on contiguous results.
-        yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
+        if any(isinstance(module, PackedWinogradConv3d) for module in network.modules()):
+            # Code of the network may count on contiguous results.
+            yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
     yield _Form("dense", folded.model, folded=norms)
     yield _Form("as given", given)
 

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from tenfold.deploy.dense import replace_named
+from tenfold.deploy.edits import replaced_nodes
 from tenfold.deploy.fuse import Epilogue, apply_epilogues
 from tenfold.deploy.plan import OptimizePlan
 from tenfold.errors import unknown_name
@@ -80,8 +82,8 @@ def reopen(
 ) -> OptimizedModel:
     """Return the optimized model that a network, edited and filled, was saved from.
 
-    Where this version of its code leads to another graph, it is run without fusion: the layers then
-    do the same one after the other, and the plan says so.
+    Where this version of its code leads to another graph, it is run without fusion or without the
+    operators that were replaced: the result is the same, and the plan says so.
 
     Args:
         network: as `edits.replay` leaves it, with its weights.
@@ -95,16 +97,22 @@ def reopen(
     if plan.memory_format not in MEMORY_FORMATS:
         raise unknown_name("memory format", str(plan.memory_format), MEMORY_FORMATS)
     network = in_memory_format(network.eval(), plan.memory_format)
-    if any(str(epilogue) for epilogue in epilogues.values()):
+    replaced = replaced_nodes(edits)
+    if replaced or any(str(epilogue) for epilogue in epilogues.values()):
         graph = apply_epilogues(network, epilogues, plan.inputs)
         if graph is None:
-            why = "loaded without fusion: the network's code leads to another graph here"
             rows = tuple(replace(row, fused=None) for row in plan.layers)
-            reason = f"{plan.reason}; {why}" if plan.reason else why
-            plan = replace(plan, layers=rows, reason=reason)
+            plan = _without(replace(plan, layers=rows, replaced={}), "fusion")
         else:
             network = graph
+            if not replace_named(graph, replaced):
+                plan = _without(replace(plan, replaced={}), ", ".join(sorted({*replaced.values()})))
     return OptimizedModel(network, plan, tuple(dict(edit) for edit in edits))
+
+
+def _without(plan: OptimizePlan, what: str) -> OptimizePlan:
+    why = f"loaded without {what}: the network's code leads to another graph here"
+    return replace(plan, reason=f"{plan.reason}; {why}" if plan.reason else why)
 
 
 def in_memory_format(network: nn.Module, name: str) -> nn.Module:

@@ -57,6 +57,7 @@ class OptimizePlan:
         memory_format: of the convolutions that stay dense, "contiguous" or "channels_last".
         inputs: how many tensors the network takes.
         folded: names of the BatchNorm modules that were folded away.
+        replaced: how many operators of PyTorch kernels of ours compute, by kind.
         network_ms: milliseconds of the whole network in each form that was timed.
         difference: largest difference to the given model on the example, relative to the largest
             output.
@@ -69,6 +70,7 @@ class OptimizePlan:
     memory_format: str = "contiguous"
     inputs: int = 1
     folded: tuple[str, ...] = ()
+    replaced: dict[str, int] = field(default_factory=dict)
     network_ms: dict[str, float] = field(default_factory=dict)
     difference: float | None = None
     reason: str | None = None
@@ -134,6 +136,9 @@ class OptimizePlan:
             f"kernels: {self.instruction_set or 'none, plain PyTorch'}; dense convolutions "
             f"{self.memory_format}; BatchNorm folded: {len(self.folded)}"
         ]
+        if self.replaced:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in self.replaced.items())
+            lines.append(f"own kernels also for: {kinds}")
         if self.difference is not None:
             lines.append(f"largest relative difference to the given model: {self.difference:.1e}")
         if self.network_ms:

@@ -1,1 +1,8 @@
-"""Operators with compiled CPU kernels and a plain PyTorch form of each."""
+"""Operators with compiled CPU kernels and a plain PyTorch form of each.
+
+Importing it registers all of them, which a program that was exported with them needs.
+"""
+
+from tenfold.kernels import attention, nm, pooling
+
+__all__ = ["attention", "nm", "pooling"]

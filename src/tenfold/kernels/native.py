@@ -22,7 +22,9 @@ __all__ = [
     "channels_first",
     "channels_last",
     "conv2d",
+    "differentiated",
     "empty_in_large_pages",
+    "extension",
     "fits",
     "instruction_set",
     "linear",
@@ -79,6 +81,11 @@ def peak() -> tuple[float, float] | None:
     first-level cache, which is what a sparse product needs.
     """
     return None if _module is None else (_module.peak(False), _module.peak(True))
+
+
+def extension() -> Any:
+    """Return the compiled extension; call it only where `fits` holds."""
+    return _module
 
 
 def fits(x: Tensor) -> bool:
@@ -184,6 +191,11 @@ def prepare_linear(
         slots, _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation],
     )  # fmt: skip
     return Prepared(run, (*shape[:-1], rows), (values, index, scale, bias))
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Tell whether a gradient is wanted, which the kernels don't compute."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def conv2d(

@@ -1,0 +1,3 @@
+#define TENFOLD_ISA avx2
+#include "attention.inc"
+#include "pooling.inc"

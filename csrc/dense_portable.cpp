@@ -1,0 +1,3 @@
+#define TENFOLD_ISA portable
+#include "attention.inc"
+#include "pooling.inc"
