@@ -124,6 +124,7 @@ class _Form:
     epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
     difference: float | None = None
+    tiles: str | None = None  # the largest one of a 3-D convolution
 
 
 def _forms(
@@ -137,7 +138,8 @@ def _forms(
     norms = tuple(folded.folded)
     network, names = folded.model, frozenset[str]()
     for level in choices.levels:
-        packed = choices.modules(choices.options(level))
+        chosen = choices.options(level)
+        packed = choices.modules(chosen)
         if not packed:
             break
         network, names = _with_layers(folded.model, packed), frozenset(packed)
@@ -147,12 +149,15 @@ def _forms(
             except Exception as error:
                 notes.append(f"layers are packed, but nothing is fused: no graph: {reason(error)}")
             else:
-                yield _Form("packed", graph, names, epilogues, norms)
+                roughest = max(chosen.values(), key=lambda option: option.level, default=None)
+                tiles = "x".join(map(str, roughest.tile)) if roughest else None
+                yield _Form("packed", graph, names, epilogues, norms, tiles=tiles)
             unfuse(network)
     if names:
         yield _Form("packed", network, names, folded=norms)
-        # Code of the network may count on contiguous results.
-        yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
+        if any(isinstance(module, PackedWinogradConv3d) for module in network.modules()):
+            # Code of the network may count on contiguous results.
+            yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
     yield _Form("dense", folded.model, folded=norms)
     yield _Form("as given", given)
 
@@ -205,6 +210,7 @@ class _Checks:
             if form.name == "as given":
                 return replace(form, difference=0.0)
             fused = f"{form.name} and fused" if form.epilogues else form.name
+            fused += f" in tiles of {form.tiles}" if form.tiles else ""
             try:
                 difference = self.difference(form.network)
             except UserError as error:

@@ -268,7 +268,7 @@ def _(
         (size + 2 * p - 2) // window
         for size, p, window in zip(x.shape[2:], padding, pool, strict=True)
     ]
-    y = x.new_empty(len(x), outputs, *sizes)
+    y = x.new_empty(x.shape[0], outputs, *sizes)
     last = channels_last or _lies_last(x)
     return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
 
