@@ -85,57 +85,66 @@ Weight weight_of(Address values, Address index, Address scale, Address bias, lon
           slots};
 }
 
-void conv2d(Address x, Address values, Address index, Address scale, Address bias, Address add,
-            Address out, long batch, long channels, long height, long width, long rows,
-            long kernel_height, long kernel_width, long stride_y, long stride_x, long padding_y,
-            long padding_x, long dilation_y, long dilation_x, long groups, long tile,
-            long block,
-            long slots, int type, int activation, int threads) {
-  const long k = kernel_height * kernel_width * (channels / groups);
-  const Conv2d conv{
-      weight_of(values, index, scale, bias, rows, k, tile, block, slots, type, activation),
-      reinterpret_cast<const float*>(x),
-      reinterpret_cast<const float*>(add),
-      reinterpret_cast<float*>(out),
-      batch,
-      channels,
-      height,
-      width,
-      (height + 2 * padding_y - dilation_y * (kernel_height - 1) - 1) / stride_y + 1,
-      (width + 2 * padding_x - dilation_x * (kernel_width - 1) - 1) / stride_x + 1,
-      kernel_height,
-      kernel_width,
-      stride_y,
-      stride_x,
-      padding_y,
-      padding_x,
-      dilation_y,
-      dilation_x,
-      groups,
-      threads};
+// A problem with everything in place but the activations: made once, solved often.
+struct PreparedConv2d {
+  Conv2d problem;
+  bool solve() const { return kernels.conv2d(problem); }
+};
+struct PreparedLinear {
+  Linear problem;
+  bool solve() const { return kernels.linear(problem); }
+};
+
+template <class Prepared>
+void run(Prepared prepared, Address x, Address add, Address out, int threads) {
+  prepared.problem.x = reinterpret_cast<const float*>(x);
+  prepared.problem.add = reinterpret_cast<const float*>(add);
+  prepared.problem.out = reinterpret_cast<float*>(out);
+  prepared.problem.threads = threads;
   bool done;
   {
     nb::gil_scoped_release release;
-    done = kernels.conv2d(conv);
+    done = prepared.solve();
   }
   if (!done) throw std::bad_alloc();
 }
 
-void linear(Address x, Address values, Address index, Address scale, Address bias, Address add,
-            Address out, long tokens, long features, long rows, long tile, long block, long slots, int type,
-            int activation, int threads) {
-  const Linear layer{weight_of(values, index, scale, bias, rows, features, tile, block, slots, type, activation),
-                     reinterpret_cast<const float*>(x),
-                     reinterpret_cast<const float*>(add),
-                     reinterpret_cast<float*>(out),
-                     tokens,
-                     threads};
-  bool done;
-  {
-    nb::gil_scoped_release release;
-    done = kernels.linear(layer);
-  }
-  if (!done) throw std::bad_alloc();
+PreparedConv2d conv2d(Address values, Address index, Address scale, Address bias, long batch,
+                      long channels, long height, long width, long rows, long out_height,
+                      long out_width, long kernel_height, long kernel_width, long stride_y,
+                      long stride_x, long padding_y, long padding_x, long dilation_y,
+                      long dilation_x, long groups, long tile, long block, long slots, int type,
+                      int activation) {
+  const long k = kernel_height * kernel_width * (channels / groups);
+  Conv2d problem{};
+  problem.weight =
+      weight_of(values, index, scale, bias, rows, k, tile, block, slots, type, activation);
+  problem.batch = batch;
+  problem.channels = channels;
+  problem.height = height;
+  problem.width = width;
+  problem.out_height = out_height;
+  problem.out_width = out_width;
+  problem.kernel_height = kernel_height;
+  problem.kernel_width = kernel_width;
+  problem.stride_y = stride_y;
+  problem.stride_x = stride_x;
+  problem.padding_y = padding_y;
+  problem.padding_x = padding_x;
+  problem.dilation_y = dilation_y;
+  problem.dilation_x = dilation_x;
+  problem.groups = groups;
+  return {problem};
+}
+
+PreparedLinear linear(Address values, Address index, Address scale, Address bias, long tokens,
+                      long features, long rows, long tile, long block, long slots, int type,
+                      int activation) {
+  Linear problem{};
+  problem.weight =
+      weight_of(values, index, scale, bias, rows, features, tile, block, slots, type, activation);
+  problem.tokens = tokens;
+  return {problem};
 }
 
 using Sizes = std::vector<long>;
@@ -194,6 +203,8 @@ NB_MODULE(_kernels, m) {
   m.doc() = "Compiled kernels of tenfold; take addresses, check nothing.";
   m.def("instruction_sets", instruction_sets);
   m.def("use", use);
+  nb::class_<PreparedConv2d>(m, "PreparedConv2d").def("__call__", run<PreparedConv2d>);
+  nb::class_<PreparedLinear>(m, "PreparedLinear").def("__call__", run<PreparedLinear>);
   m.def("conv2d", conv2d);
   m.def("linear", linear);
   m.def("winograd3d", winograd3d);

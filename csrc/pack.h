@@ -45,6 +45,8 @@ constexpr long kPieceFloats = sizeof(Piece) / sizeof(float);
 // The pieces of a panel's row for each kernel position, ascending.
 struct Pieces {
   Piece* piece;
+  bool copies;  // the panel is a part of the image as it is
+  int columns;
   long* first;  // number of the first piece of each position, and at last of all
 
   static long floats(const Conv2d& conv) {
@@ -56,6 +58,10 @@ struct Pieces {
       : piece(reinterpret_cast<Piece*>(memory)),
         first(reinterpret_cast<long*>(piece + conv.kernel_height * conv.kernel_width * 2 *
                                                   kMaxWidth)) {
+    const Run& last = runs.run[runs.count - 1];
+    copies = runs.count == 1 && conv.kernel_height * conv.kernel_width == 1 &&
+             conv.padding_y == 0 && conv.padding_x == 0 && conv.stride_x == 1;
+    columns = last.column + last.length;
     Piece* next = piece;
     const long positions = conv.kernel_height * conv.kernel_width;
     for (long position = 0; position < positions; ++position) {
@@ -141,6 +147,35 @@ void pack_vectors(const Piece* piece, const Piece* end, const float* from, long 
   }
 }
 
+// Packed rows that lie side by side in the image as they do in the panel: `full` vectors and a rest.
+template <int full>
+void copy_rows(const float* from, long plane, long rows, float* to, int width, Lanes rest) {
+  using S = Simd<kLanes>;
+  for (long row = 0; row < rows; ++row, from += plane, to += width) {
+    for (int v = 0; v < full; ++v) {
+      __builtin_prefetch(from + kAhead * plane + v * kLanes);
+      S::store(to + v * kLanes, S::load(from + v * kLanes));
+    }
+    S::store(to + full * kLanes, load_lanes(from + full * kLanes, rest));
+  }
+}
+
+inline void copy_rows(const float* from, long plane, long rows, float* to, int width, int columns) {
+  const int full = (columns - 1) / kLanes;
+  const Lanes rest = lanes_between(0, columns - full * kLanes);
+  switch (full) {
+    case 0: return copy_rows<0>(from, plane, rows, to, width, rest);
+    case 1: return copy_rows<1>(from, plane, rows, to, width, rest);
+    case 2: return copy_rows<2>(from, plane, rows, to, width, rest);
+    case 3: return copy_rows<3>(from, plane, rows, to, width, rest);
+    case 4: return copy_rows<4>(from, plane, rows, to, width, rest);
+    case 5: return copy_rows<5>(from, plane, rows, to, width, rest);
+    case 6: return copy_rows<6>(from, plane, rows, to, width, rest);
+    case 7: return copy_rows<7>(from, plane, rows, to, width, rest);
+    default: return copy_rows<8>(from, plane, rows, to, width, rest);
+  }
+}
+
 // im2col of rows [k0, k1) of one group.
 inline void pack_conv2d(const Conv2d& conv, const Pieces& pieces, long group, long k0, long k1,
                         int width, float* panel) {
@@ -157,7 +192,9 @@ inline void pack_conv2d(const Conv2d& conv, const Pieces& pieces, long group, lo
     const Piece* end = pieces.piece + pieces.first[position + 1];
     const float* from = x + channel * plane;
     float* to = panel + (k - k0) * width;
-    if (stride == 1) {
+    if (pieces.copies) {
+      copy_rows(from + piece->source, plane, rows, to, width, pieces.columns);
+    } else if (stride == 1) {
       pack_vectors(piece, end, from, plane, rows, to, width,
                    [](const float* at, const Piece& p) { return load_lanes(at + p.source, p.lanes); });
     } else if (stride == 2) {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tenfold.errors import UserError
-from tenfold.kernels import native, winograd, winograd_reference
+from tenfold.kernels import native, native3d, winograd, winograd_reference
 from tenfold.kernels.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.parity
@@ -158,10 +158,10 @@ def test_reordering_is_exact(channels: int) -> None:
         pytest.skip("the compiled kernels' own")
     for size in ((1, 1, 1), (2, 3, 5), (4, 4, 8)):
         x = torch.randn(2, channels, *size)
-        last = native.channels_last(x)
+        last = native3d.channels_last(x)
         assert torch.equal(last, x)
         assert last.is_contiguous(memory_format=torch.channels_last_3d)
-        first = native.channels_first(last)
+        first = native3d.channels_first(last)
         assert torch.equal(first, x)
         assert first.is_contiguous()
 

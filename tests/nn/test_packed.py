@@ -1,6 +1,7 @@
 """Packed layers against the dense ones that they were made from."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -134,6 +135,37 @@ def test_what_cannot_be_packed_says_why(layer, why):
     assert why in unpackable(layer)
     with pytest.raises(UserError, match="can't be packed"):
         NMConv2d.from_dense(layer, 2, 4)
+
+
+def test_a_remembered_call_follows_the_layer_and_its_inputs():
+    layer = pruned(nn.Conv2d(8, 4, 1), (1, 4)).requires_grad_(False)
+    packed = NMConv2d.from_dense(layer, 1, 4)
+    x, add = torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5)
+    for _ in range(2):
+        assert torch.allclose(packed(x), layer(x), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(packed(x, add), layer(x) + add, rtol=1e-5, atol=1e-5)
+        strided = add.transpose(2, 3)
+        assert torch.allclose(packed(x, strided), layer(x) + strided, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            packed(x.transpose(2, 3)), layer(x.transpose(2, 3)), rtol=1e-5, atol=1e-5
+        )
+    packed.activation = "relu"
+    assert torch.allclose(packed(x), layer(x).relu(), rtol=1e-5, atol=1e-5)
+    packed.activation = "none"
+    packed.values = packed.values * 2
+    packed.bias.data = packed.bias * 2  # the same tensor, elsewhere
+    assert torch.allclose(packed(x), 2 * layer(x), rtol=1e-5, atol=1e-5)
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        packed.values.zero_()
+        assert torch.allclose(copied(x), 2 * layer(x), rtol=1e-5, atol=1e-5)
+        packed.values.copy_(copied.values)
+    with pytest.raises(StateError, match="no gradient"):
+        packed(x.clone().requires_grad_(True))
+    with pytest.raises(UserError, match="expected one type"):
+        packed(x.double())
+    for batch in range(40):  # more shapes than are remembered
+        shape = (batch, 8, 5, 5)
+        assert torch.allclose(packed(torch.ones(shape)), 2 * layer(torch.ones(shape)), atol=1e-5)
 
 
 def test_wrong_inputs_are_refused():

@@ -18,21 +18,19 @@ from tenfold.errors import UserError
 from tenfold.kernels.reference import channel_tile
 
 __all__ = [
-    "channels_first",
-    "channels_last",
+    "Prepared",
     "conv2d",
-    "empty_in_large_pages",
     "fits",
     "instruction_set",
     "linear",
     "missing",
     "peak",
+    "prepare_conv2d",
+    "prepare_linear",
     "usable",
-    "winograd_conv3d",
 ]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
-_AXES, _SHORT = {2: 0, 4: 1}, 2  # kinds of axes, see csrc/winograd.h
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -88,6 +86,101 @@ def usable(x: Tensor) -> bool:
     return type(x) is Tensor and fits(x) and not torch.compiler.is_compiling()
 
 
+class Prepared:
+    """A packed layer on inputs of one shape, checked once: call it with an input and an addition.
+
+    The input, and the addition where there is one, must be contiguous float32 tensors on the CPU
+    of the shapes that it was prepared for.
+
+    Attributes:
+        out_shape: of the result, and of the addition.
+        tensors: values, index, scale and bias, which the kernel reads where they are now.
+    """
+
+    __slots__ = ("_run", "addresses", "out_shape", "tensors")
+
+    def __init__(
+        self, run: Any, out_shape: tuple[int, ...], tensors: tuple[Tensor | None, ...]
+    ) -> None:
+        self._run, self.out_shape, self.tensors = run, out_shape, tensors
+        self.addresses = tuple(map(_address, tensors))
+
+    def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """Return activation(W x + bias + add)."""
+        out = torch.empty(self.out_shape)
+        self._run(x.data_ptr(), _address(add), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def reads(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Tell whether these are the tensors it was prepared with, where they were then."""
+        for now, then, address in zip(tensors, self.tensors, self.addresses, strict=True):
+            if now is not then or (now is not None and now.data_ptr() != address):
+                return False
+        return True
+
+
+def prepare_conv2d(
+    shape: Sequence[int],
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Prepared:
+    """Check a convolution of inputs of a shape; see `tenfold.kernels.nm.conv2d`."""
+    batch, channels, height, width = shape
+    blocks, rows, slots = values.shape
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    block = slots // pattern[0] * pattern[1]
+    weights = kernel_size[0] * kernel_size[1] * (channels // groups)
+    fits = -(-weights // block) == blocks and weights % pattern[1] == 0 and rows % groups == 0
+    if not fits or out_height < 1 or out_width < 1:
+        raise UserError(
+            f"input {tuple(shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
+            f"values, kernel {tuple(kernel_size)} and {groups} groups"
+        )
+    run = _module.conv2d(
+        values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), batch, channels, height, width, rows, out_height,
+        out_width, *kernel_size, *stride, *padding, *dilation, groups, channel_tile(pattern[1]),
+        block, slots, _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation],
+    )  # fmt: skip
+    return Prepared(run, (batch, rows, out_height, out_width), (values, index, scale, bias))
+
+
+def prepare_linear(
+    shape: Sequence[int],
+    values: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    pattern: Sequence[int],
+    activation: str,
+) -> Prepared:
+    """Check a linear layer on inputs of a shape; see `tenfold.kernels.nm.linear`."""
+    features = shape[-1]
+    blocks, rows, slots = values.shape
+    block = slots // pattern[0] * pattern[1]
+    if -(-features // block) != blocks or features % pattern[1]:
+        raise UserError(
+            f"input {tuple(shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
+            "values"
+        )
+    run = _module.linear(
+        values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
+        _pointer("bias", bias, (rows,)), math.prod(shape[:-1]), features, rows, features, block,
+        slots, _WEIGHT_TYPES[values.dtype], _ACTIVATIONS[activation],
+    )  # fmt: skip
+    return Prepared(run, (*shape[:-1], rows), (values, index, scale, bias))
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -104,28 +197,11 @@ def conv2d(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.conv2d`."""
-    batch, channels, height, width = x.shape
-    blocks, rows, slots = values.shape
-    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-    block = slots // pattern[0] * pattern[1]
-    weights = kernel_size[0] * kernel_size[1] * (channels // groups)
-    fits = -(-weights // block) == blocks and weights % pattern[1] == 0 and rows % groups == 0
-    if not fits or out_height < 1 or out_width < 1:
-        raise UserError(
-            f"input {tuple(x.shape)} doesn't fit a packed convolution of {tuple(values.shape)} "
-            f"values, kernel {tuple(kernel_size)} and {groups} groups"
-        )
-    out = torch.empty((batch, rows, out_height, out_width))
-    x, add = x.contiguous(), None if add is None else add.contiguous()
-    _module.conv2d(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
-        batch, channels, height, width, rows, *kernel_size, *stride, *padding, *dilation, groups,
-        channel_tile(pattern[1]), block, slots, _WEIGHT_TYPES[values.dtype],
-        _ACTIVATIONS[activation], torch.get_num_threads(),
+    prepared = prepare_conv2d(
+        x.shape, values, index, scale, bias, pattern, kernel_size, stride, padding, dilation,
+        groups, activation,
     )  # fmt: skip
-    return out
+    return _run(prepared, x, add)
 
 
 def linear(
@@ -139,109 +215,25 @@ def linear(
     activation: str,
 ) -> Tensor:
     """See `tenfold.kernels.nm.linear`."""
-    features = x.shape[-1]
-    blocks, rows, slots = values.shape
-    block = slots // pattern[0] * pattern[1]
-    if -(-features // block) != blocks or features % pattern[1]:
-        raise UserError(
-            f"input {tuple(x.shape)} doesn't fit a packed linear layer of {tuple(values.shape)} "
-            "values"
-        )
-    x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], rows))
-    add = None if add is None else add.contiguous()
-    tokens = x.numel() // features
-    _module.linear(
-        x.data_ptr(), values.data_ptr(), index.data_ptr(), _pointer("scale", scale, (rows,)),
-        _pointer("bias", bias, (rows,)), _pointer("add", add, out.shape), out.data_ptr(),
-        tokens, features, rows, features, block, slots, _WEIGHT_TYPES[values.dtype],
-        _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return _run(prepare_linear(x.shape, values, index, scale, bias, pattern, activation), x, add)
 
 
-def winograd_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    columns: Sequence[int],
-    outputs: int,
-    tile: Sequence[int],
-    padding: Sequence[int],
-    points: tuple[float, float],
-    activation: str,
-    pool: Sequence[int],
-    short: Sequence[bool],
-) -> Tensor:
-    """See `tenfold.kernels.winograd.conv3d`; x lies channels-last, and so does the result."""
-    batch, channels, *size = x.shape
-    full = [length + 2 * p - 2 for length, p in zip(size, padding, strict=True)]
-    if not x.is_contiguous(memory_format=torch.channels_last_3d) or weight.dtype != torch.float32:
-        raise UserError(
-            f"the kernel takes channels-last inputs and float32 weights: these are {weight.dtype}"
-        )
-    if add is not None and tuple(add.shape) == (batch, outputs, *full):
-        add = channels_last(add)
-    y = _empty_channels_last(
-        batch, outputs, *(length // window for length, window in zip(full, pool, strict=True))
-    )
-    kinds = [_SHORT if s else _AXES[m] for m, s in zip(tile, short, strict=True)]
-    _module.winograd3d(
-        x.data_ptr(), weight.contiguous().data_ptr(), _pointer("bias", bias, (outputs,)),
-        _pointer("add", add, (batch, outputs, *full), last=True), y.data_ptr(), [*columns],
-        [batch, channels, outputs, *size, *full, *padding, *kinds, *pool], *points,
-        _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+def _run(prepared: Prepared, x: Tensor, add: Tensor | None) -> Tensor:
+    if add is not None:
+        add = add.contiguous()
+        _pointer("add", add, prepared.out_shape)
+    return prepared(x.contiguous(), add)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """Return `(N, C, D, H, W)` in channels-last order; itself where it is that already."""
-    if x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x
-    if not x.is_contiguous() or x.dtype != torch.float32:
-        return x.contiguous(memory_format=torch.channels_last_3d)
-    batch, channels, *size = x.shape
-    y = _empty_channels_last(batch, channels, *size)
-    _transpose(x, y, batch, channels, math.prod(size))
-    return y
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def channels_first(x: Tensor) -> Tensor:
-    """Return a channels-last `(N, C, D, H, W)` in contiguous order."""
-    batch, channels, *size = x.shape
-    y = torch.empty(x.shape)
-    _transpose(x, y, batch, math.prod(size), channels)
-    return y
-
-
-def empty_in_large_pages(*shape: int) -> Tensor:
-    """Return an unfilled float32 tensor that the system may put into large pages.
-
-    Weights of hundreds of megabytes are read front to back: small pages halve that speed.
-    """
-    y = torch.empty(shape)
-    if _module is not None:
-        _module.large_pages(y.data_ptr(), y.nbytes)
-    return y
-
-
-def _empty_channels_last(*shape: int) -> Tensor:
-    return torch.empty(shape, memory_format=torch.channels_last_3d)
-
-
-def _transpose(x: Tensor, y: Tensor, batch: int, rows: int, columns: int) -> None:
-    _module.transpose(x.data_ptr(), y.data_ptr(), batch, rows, columns, torch.get_num_threads())
-
-
-def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int], last: bool = False) -> int:
+def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:
     """Return the address of a tensor that the kernel reads as float32 of that shape."""
     if tensor is None:
         return 0
-    layout = torch.channels_last_3d if last else torch.contiguous_format
-    ordered = tensor.is_contiguous(memory_format=layout)
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not ordered:
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
         raise UserError(
             f"{name} has type {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
             f"torch.float32 and {tuple(shape)}"

@@ -18,13 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import UserError, unknown_name
-from tenfold.kernels import nm, reference
+from tenfold.kernels import native, nm, reference
 from tenfold.nn.kernel_layer import KernelLayer, finish
 from tenfold.nn.packable import fixed_padding, pair, refuse_unpackable
 
 __all__ = ["PRECISIONS", "NMConv2d", "NMLinear", "PackedLayer"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+MOST_CALLS = 16  # shapes of inputs that a layer remembers
+
+
+class _Calls(dict[tuple[torch.Size, str], native.Prepared]):
+    """Calls that are ready, by the input's shape and the activation; a copied layer starts anew."""
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
+
+    def __deepcopy__(self, memo: object) -> _Calls:
+        return _Calls()
 
 
 class PackedLayer(KernelLayer):
@@ -58,6 +71,33 @@ class PackedLayer(KernelLayer):
         self.register_buffer("index", index)
         self.register_buffer("scale", torch.ones(shape[0]) if precision == "int8" else None)
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
+        self._calls = _Calls()
+
+    def _prepared(self, x: Tensor, add: Tensor | None) -> native.Prepared | None:
+        """Return what is ready for such inputs: checks would outlast a small layer."""
+        if not native.usable(x):
+            return None
+        call = self._calls.get((x.shape, self.activation))
+        if call is None or not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if add is not None and not (
+            native.usable(add) and add.shape == call.out_shape and add.is_contiguous()
+        ):
+            return None
+        tensors = self._buffers
+        if not call.reads((tensors["values"], tensors["index"], tensors["scale"], tensors["bias"])):
+            self._calls.clear()
+            return None
+        return call
+
+    def _remember(self, x: Tensor) -> None:
+        if native.usable(x):
+            if len(self._calls) >= MOST_CALLS:
+                self._calls.clear()
+            self._calls[x.shape, self.activation] = self._prepare(x.shape)
+
+    def _prepare(self, shape: torch.Size) -> native.Prepared:
+        raise NotImplementedError
 
     @property
     def pattern(self) -> str:
@@ -187,6 +227,9 @@ class NMLinear(PackedLayer):
 
         `add` may also be broadcast; it is then added outside the kernel.
         """
+        call = self._prepared(x, add)
+        if call is not None:
+            return call(x, add)
         self._check_types(x, self.bias, self.scale)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise UserError(
@@ -198,7 +241,14 @@ class NMLinear(PackedLayer):
                 x, self.values, self.index, self.scale, self.bias, add, (self.n, self.m), activation
             )
 
-        return finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
+        y = finish(run, x, add, (*x.shape[:-1], self.out_features), self.activation)
+        self._remember(x)
+        return y
+
+    def _prepare(self, shape: torch.Size) -> native.Prepared:
+        return native.prepare_linear(
+            shape, self.values, self.index, self.scale, self.bias, (self.n, self.m), self.activation
+        )
 
     def extra_repr(self) -> str:
         """Return what the printed layer says in brackets."""
@@ -296,6 +346,9 @@ class NMConv2d(PackedLayer):
 
         `add` may also be broadcast; it is then added outside the kernel.
         """
+        call = self._prepared(x, add)
+        if call is not None:
+            return call(x, add)
         self._check_types(x, self.bias, self.scale)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(
@@ -320,7 +373,16 @@ class NMConv2d(PackedLayer):
             for i in (0, 1)
         )
         shape = (x.shape[0], self.out_channels, height, width)
-        return finish(run, x, add, shape, self.activation)
+        y = finish(run, x, add, shape, self.activation)
+        self._remember(x)
+        return y
+
+    def _prepare(self, shape: torch.Size) -> native.Prepared:
+        return native.prepare_conv2d(
+            shape, self.values, self.index, self.scale, self.bias, (self.n, self.m),
+            self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
+            self.activation,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Return what the printed layer says in brackets."""
