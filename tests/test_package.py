@@ -51,7 +51,8 @@ def test_every_public_name_resolves():
 def test_methods_and_their_pure_functions_are_public():
     from tenfold import methods
 
-    for name in ("LBC", "candidates", "to_blocks", "from_blocks", "removed_candidates"):
+    names = ("LBC", "candidates", "to_blocks", "from_blocks", "removed_candidates")
+    for name in (*names, "Winograd3d", "convert", "transforms", "winograd_weight", "gain_scales"):
         assert callable(getattr(methods, name))
     with pytest.raises(ImportError):
         from tenfold.methods import NoSuchMethod  # noqa: F401

@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="NAME", help="another data set than it was trained on"
     )
     evaluating.add_argument("--to", choices=("onnx", "openvino"), help="evaluate the exported form")
-    evaluating.add_argument("--batch_size", type=_positive, default=256)
+    evaluating.add_argument("--batch_size", type=_positive, help="256 images or 32 clips")
 
     timing = verb("bench", _bench, "Time a run's model against the dense one, side by side.")
     timing.add_argument("run", metavar="RUN")
@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", metavar="RUN")
     reporting.add_argument("--output", metavar="FILE", help="RUN/report.html by default")
 
-    predicting = verb("predict", _predict, "Classify image files.")
+    predicting = verb("predict", _predict, "Classify image files, or clips.")
     predicting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
     predicting.add_argument("files", nargs="+", metavar="FILE")
     predicting.add_argument("--top", type=_positive, default=3, help="classes to name")

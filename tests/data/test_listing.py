@@ -11,7 +11,7 @@ import pytest
 
 from tenfold.data import create
 from tenfold.data import listing as listing_module
-from tenfold.data.listing import Listing, list_images
+from tenfold.data.listing import Listing, list_files
 from tenfold.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -53,16 +53,16 @@ def kept() -> list[Path]:
 
 
 def test_same_files_in_the_same_order_as_paths_have(root: Path) -> None:
-    listing = list_images(root)
+    listing = list_files(root)
     assert names(listing) == [p.as_posix() for p in sorted(map(Path, FILES))]
     assert all(listing.path(i).is_file() for i in range(len(listing)))
 
 
 def test_second_start_reads_no_files(root: Path, scans: list[Path]) -> None:
     age(root)
-    first = list_images(root)
+    first = list_files(root)
     assert len(kept()) == 1
-    second = list_images(root)
+    second = list_files(root)
     assert scans == [root]
     assert names(second) == names(first)
     assert second.folders == first.folders
@@ -70,8 +70,8 @@ def test_second_start_reads_no_files(root: Path, scans: list[Path]) -> None:
 
 
 def test_a_folder_that_has_only_just_changed_is_not_trusted(root: Path, scans: list[Path]) -> None:
-    list_images(root)
-    list_images(root)
+    list_files(root)
+    list_files(root)
     assert len(scans) == 2
     assert not kept()
 
@@ -79,7 +79,7 @@ def test_a_folder_that_has_only_just_changed_is_not_trusted(root: Path, scans: l
 @pytest.mark.parametrize("what", ["added", "removed", "renamed", "deep", "new folder", "gone"])
 def test_changes_are_noticed(root: Path, scans: list[Path], what: str) -> None:
     age(root)
-    before = names(list_images(root))
+    before = names(list_files(root))
     if what == "added":
         (root / "b/11.jpg").touch()
     elif what == "removed":
@@ -94,7 +94,7 @@ def test_changes_are_noticed(root: Path, scans: list[Path], what: str) -> None:
     else:
         (root / "a b/z.tif").unlink()
         (root / "a b").rmdir()
-    after = names(list_images(root))
+    after = names(list_files(root))
     assert len(scans) == 2
     assert after != before
     found = sorted(
@@ -108,7 +108,7 @@ def test_changes_are_noticed(root: Path, scans: list[Path], what: str) -> None:
 @pytest.mark.parametrize("damage", ["cut", "empty", "junk", "other arrays", "flipped", "folder"])
 def test_damaged_listing_is_made_again(root: Path, scans: list[Path], damage: str) -> None:
     age(root)
-    before = names(list_images(root))
+    before = names(list_files(root))
     (file,) = kept()
     content = file.read_bytes()
     if damage == "other arrays":
@@ -125,10 +125,10 @@ def test_damaged_listing_is_made_again(root: Path, scans: list[Path], damage: st
             "flipped": content[:middle] + b"w" + content[middle + 1 :],
         }
         file.write_bytes(changed[damage])
-    assert names(list_images(root)) == before
+    assert names(list_files(root)) == before
     assert len(scans) == 2
     if damage != "folder":
-        list_images(root)
+        list_files(root)
         assert len(scans) == 2  # whole again
 
 
@@ -136,7 +136,7 @@ def test_cache_that_cannot_be_written(root: Path, monkeypatch, tmp_path: Path) -
     age(root)
     (tmp_path / "file").touch()
     monkeypatch.setenv("TENFOLD_DATA", str(tmp_path / "file"))  # not a folder
-    assert len(list_images(root)) == len(FILES)
+    assert len(list_files(root)) == len(FILES)
 
 
 def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> No
     (root / "b/linked").symlink_to(tmp_path / "elsewhere")
     (root / "a/deep/up").symlink_to(root)
     (root / "b/broken.d").symlink_to(tmp_path / "nowhere")
-    got = names(list_images(root))
+    got = names(list_files(root))
     assert "b/linked/1.jpg" in got
     assert len(got) == len(FILES) + 1
 
@@ -156,7 +156,7 @@ def test_folder_that_cannot_be_read(root: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(listing_module.os, "scandir", refuse)
     with pytest.raises(UserError, match=r"can't be read \(Permission denied\)"):
-        list_images(root)
+        list_files(root)
 
 
 def test_names_that_are_no_text(root: Path) -> None:
@@ -166,7 +166,7 @@ def test_names_that_are_no_text(root: Path) -> None:
         pytest.skip("this file system takes text only")
     age(root)
     for _ in range(2):
-        listing = list_images(root)
+        listing = list_files(root)
         assert all(listing.path(i).is_file() for i in range(len(listing)))
         assert len(listing) == len(FILES) + 1
 
@@ -177,9 +177,9 @@ def test_memory_per_file_is_small(tmp_path: Path) -> None:
     (tmp_path / "many/a").mkdir(parents=True)
     for number in range(count):
         (tmp_path / f"many/a/{number:08}.jpg").touch()
-    list_images(tmp_path / "many")
+    list_files(tmp_path / "many")
     tracemalloc.start()
-    listing = list_images(tmp_path / "many")
+    listing = list_files(tmp_path / "many")
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(listing) == count

@@ -165,3 +165,18 @@ def test_failure_is_a_user_error_and_leaves_no_hooks():
 def test_example_inputs_are_checked(inputs, text):
     with pytest.raises(UserError, match=text):
         count_cost(nn.Linear(3, 3), inputs)
+
+
+def test_winograd_layers_count_the_products_of_their_kept_columns():
+    from tenfold.nn.winograd import WinogradConv3d
+
+    dense = nn.Conv3d(4, 8, 3, padding=1)
+    layer = WinogradConv3d.from_dense(dense, (2, 4, 4), range(0, 144, 2))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4 * 4, 2))
+    cost = count_cost(model, torch.zeros(2, 4, 4, 4, 4))
+    row = cost.layers[0]
+    assert (row.type, row.shape) == ("WinogradConv3d", (72, 8, 4))
+    assert row.macs == row.effective_macs == layer.multiplications(torch.zeros(1, 8, 4, 4, 4))
+    assert row.macs == 72 * 2 * 8 * 4
+    assert cost.macs == row.macs + 8 * 64 * 2
+    assert cost.parameters == 72 * 8 * 4 + 8 + 8 * 64 * 2 + 2

@@ -1,11 +1,14 @@
-"""Labelled images to train on and to evaluate on, from `create("digits")` or `create("npz:PATH")`.
+"""Labelled images and clips to train on and to evaluate on, from `create("digits")` and the like.
 
 Everything random about a batch is a pure function of (seed, epoch, id): the order of an epoch and
 each sample's augmentation are the same with any number of workers, and after a resume.
 """
 
-from tenfold.data.base import ArraySet, ImageSet
+from tenfold.data.base import ArrayClips, ArraySet, ClipSet, ImageSet
+from tenfold.data.clips import ClipData
 from tenfold.data.images import ImageData
+from tenfold.data.labelled import LabelledData
+from tenfold.data.load import load_clip
 from tenfold.data.options import DataOptions
 from tenfold.data.preprocessing import load_image, normalize
 from tenfold.data.registry import create, names
@@ -14,15 +17,20 @@ from tenfold.data.stream import ImageStream, StreamSplit
 from tenfold.data.transforms import augmentations
 
 __all__ = [
+    "ArrayClips",
     "ArraySet",
+    "ClipData",
+    "ClipSet",
     "DataOptions",
     "EpochSampler",
     "ImageData",
     "ImageSet",
     "ImageStream",
+    "LabelledData",
     "StreamSplit",
     "augmentations",
     "create",
+    "load_clip",
     "load_image",
     "names",
     "normalize",

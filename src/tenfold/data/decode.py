@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,19 +17,29 @@ from tenfold.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BadImage", "decode", "encoded_size"]
+__all__ = ["BadClip", "BadImage", "decode", "decode_frames", "encoded_size"]
 
 
 class BadImage(UserError):
     """An image that can't be read."""
 
+    unit = "image"
+    expected = "a whole image file that Pillow reads"
+
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"can't read image {name}: {reason}; expected a whole image file that Pillow reads, "
+            f"can't read {self.unit} {name}: {reason}; expected {self.expected}, "
             "replace or remove it"
         )
         self.name = name
         self.reason = reason
+
+
+class BadClip(BadImage):
+    """A clip that can't be read."""
+
+    unit = "clip"
+    expected = "a whole video file, or a folder of frames of one size"
 
 
 def decode(source: Path | bytes, channels: int, name: str) -> Tensor:
@@ -53,6 +63,39 @@ def decode(source: Path | bytes, channels: int, name: str) -> Tensor:
     # longer than the decoding when they are busy.
     planes = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+def decode_frames(
+    source: Callable[[int], tuple[Path | bytes, str]], frames: Sequence[int], name: str
+) -> Tensor:
+    """Decode some of a clip's frames to uint8 `(3, T, H, W)`.
+
+    Args:
+        source: gives the frame of a number, a file or its content, and what an error calls it.
+        frames: the numbers; one that comes repeatedly is decoded once.
+        name: what an error calls the clip.
+
+    Raises:
+        BadClip: a frame can't be read, or isn't of the first one's size.
+    """
+    decoded: dict[int, Tensor] = {}
+    first = ""
+    for number in frames:
+        if number in decoded:
+            continue
+        encoded, title = source(number)
+        try:
+            decoded[number] = decode(encoded, 3, title)
+        except BadImage as error:
+            raise BadClip(name, f"{title}: {error.reason}") from None
+        shape, expected = decoded[number].shape, decoded[frames[0]].shape
+        first = first or title
+        if shape != expected:
+            raise BadClip(
+                name,
+                f"{title} is {shape[1]}x{shape[2]}, and {first} {expected[1]}x{expected[2]}",
+            )
+    return torch.stack([decoded[number] for number in frames], dim=1)
 
 
 def encoded_size(source: Path | bytes, name: str) -> tuple[int, int]:

@@ -12,17 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.data.base import ImageSet
+from tenfold.data.class_folders import ClassFolders, by_turns, class_folders
 from tenfold.data.decode import decode
 from tenfold.data.images import ImageData
-from tenfold.data.listing import ENDINGS, Listing, list_images
+from tenfold.data.listing import ENDINGS, Listing
 from tenfold.data.options import DataOptions
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
-from tenfold.errors import UserError
 
 __all__ = ["FileSet", "imagefolder"]
-
-_HELD_OUT = ("val", "validation", "test")
 
 # ImageNet's constants, not the set's own: there is nothing to read ahead of the first epoch, and
 # they are what nearly every pretrained network expects.
@@ -81,32 +79,13 @@ def imagefolder(options: DataOptions) -> ImageData:
     Raises:
         UserError: a split is missing, a class is empty, or the held-out split has another class.
     """
-    root = options.folder()
-    if not (root / "train").is_dir():
-        raise UserError(
-            f"{root} has no folder train: expected {root / 'train'}/<class>/<images>; "
-            "give the folder above train and val"
-        )
-    held_out = next((name for name in _HELD_OUT if (root / name).is_dir()), None)
-    if held_out is None:
-        raise UserError(
-            f"{root} has no folder {' or '.join(_HELD_OUT)}: expected images to evaluate on beside "
-            "train; move some of each class there"
-        )
-    train, test = list_images(root / "train"), list_images(root / held_out)
-    classes = _class_names(train)
-    unknown = [name for name in _class_names(test) if name not in classes]
-    if unknown:
-        raise UserError(
-            f"{root / held_out / unknown[0]} is a class that {root / 'train'} doesn't have: "
-            "expected the same class folders in both; rename it, or add it to train"
-        )
+    found = class_folders(options.folder(), ENDINGS, "images")
     size = options.size or (224, 224)
     return ImageData(
         name="imagefolder",
-        classes=classes,
-        train=Split("train", _files(train, classes, options.limit), options.skip_bad),
-        test=Split("test", _files(test, classes, None), options.skip_bad),
+        classes=found.classes,
+        train=Split("train", _files(found, found.train, options.limit), options.skip_bad),
+        test=Split("test", _files(found, found.test, None), options.skip_bad),
         preprocessing=Preprocessing(
             channels=3,
             size=size,
@@ -119,35 +98,12 @@ def imagefolder(options: DataOptions) -> ImageData:
     )
 
 
-def _class_names(listing: Listing) -> list[str]:
-    names = [folder for folder in listing.folders if folder and "/" not in folder]
-    if not names:
-        raise UserError(
-            f"{listing.root} has no class folders: expected {listing.root}/<class>/<images>; "
-            "put each class's images in a folder of its own"
-        )
-    return names
-
-
-def _files(listing: Listing, classes: Sequence[str], limit: int | None) -> FileSet:
-    """Order a split, the first image of every class ahead of the second of any.
-
-    So that `limit` leaves all classes in, and evaluation cut short has seen them all.
-    """
-    numbers = {name: number for number, name in enumerate(classes)}
-    own = [numbers.get(folder.partition("/")[0], -1) for folder in listing.folders]
-    label = np.array(own, np.int32)[listing.holder]
-    counts = np.bincount(label[label >= 0], minlength=len(classes))
-    for name in _class_names(listing):
-        if not counts[numbers[name]]:
-            raise UserError(
-                f"{listing.root / name} has no images: expected files ending in "
-                f"{', '.join(ENDINGS)}; add some, or remove the folder"
-            )
-    # Files of a class lie together in a listing: its n-th file is n after its first.
-    chosen = np.flatnonzero(label >= 0)  # files beside the class folders belong to none
-    label = label[chosen]
-    firsts = np.flatnonzero(np.diff(label, prepend=-1))
-    turn = np.arange(len(label)) - np.repeat(firsts, np.diff(firsts, append=len(label)))
-    order = chosen[np.lexsort((label, turn))[:limit]]
-    return FileSet(listing, own, order.astype(np.int32))
+def _files(found: ClassFolders, listing: Listing, limit: int | None) -> FileSet:
+    own = found.labels(listing)
+    labels = own[listing.holder]
+    chosen = np.flatnonzero(labels >= 0)  # files beside the class folders belong to none
+    labels = labels[chosen]
+    expected = f"images: expected files ending in {', '.join(ENDINGS)}"
+    found.refuse_empty(listing, labels, expected)
+    # Files of a class lie together in a listing.
+    return FileSet(listing, own.tolist(), chosen[by_turns(labels, limit)].astype(np.int32))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tenfold.data.base import ImageSet
+from tenfold.data.labelled import LabelledData, at_least, whole
 from tenfold.data.loader import FittedImages, ImageLoader, make_loader
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
@@ -18,7 +19,7 @@ from tenfold.errors import UserError
 __all__ = ["ImageData"]
 
 
-class ImageData:
+class ImageData(LabelledData):
     """Images to train on, held-out images to evaluate on, and the facts about them.
 
     `create` builds it; build it yourself for a set of your own. Batches are dicts: `image` uint8
@@ -33,10 +34,10 @@ class ImageData:
         preprocessing: size, mean and so on of the network's input.
         default_augment: what `augment="auto"` means.
         workers: default number of loader processes; None: as `train_loader` says.
-
-    Attributes:
-        skipped: names of the images left out.
     """
+
+    key = "image"
+    eval_batch_size = 256
 
     def __init__(
         self,
@@ -51,17 +52,15 @@ class ImageData:
     ) -> None:
         self._train = train if isinstance(train, Split | StreamSplit) else Split("train", train)
         self._test = test if isinstance(test, Split | StreamSplit) else Split("test", test)
-        self.name = name
-        self.classes = list(classes)
-        self.num_classes = len(self.classes)
-        self.channels = preprocessing.channels
-        self.size = preprocessing.size
-        self.mean = preprocessing.mean
-        self.std = preprocessing.std
-        self.default_augment = default_augment
-        self.skipped: list[str] = self._train.skipped + self._test.skipped
-        self._facts = preprocessing
-        self._workers = workers
+        super().__init__(
+            name=name,
+            classes=classes,
+            train=self._train,
+            test=self._test,
+            preprocessing=preprocessing,
+            default_augment=default_augment,
+            workers=workers,
+        )
         self._fitted_train, self._fitted_test = (
             None if isinstance(part, StreamSplit) else FittedImages(part.images, preprocessing)
             for part in (self._train, self._test)
@@ -86,11 +85,6 @@ class ImageData:
     def test_ids(self) -> Tensor:
         """The held-out ids that the loader visits, likewise."""
         return self._indexed(self._test).ids
-
-    @property
-    def train_size(self) -> int:
-        """How many training images make an epoch, of all ranks together."""
-        return self._train.size
 
     def _indexed(self, part: Split | StreamSplit) -> Split:
         if isinstance(part, StreamSplit):
@@ -132,7 +126,7 @@ class ImageData:
             self._fitted_train,
             resolve(augment, self.default_augment),
             batch_size=batch_size,
-            seed=_whole("seed", seed),
+            seed=whole("seed", seed),
             rank=rank,
             world_size=world_size,
             workers=workers,
@@ -157,18 +151,6 @@ class ImageData:
             workers=workers,
         )
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Turn uint8 `(B, C, H, W)` into normalised float32, on the device that it is on.
-
-        Raises:
-            UserError: other than uint8, or another number of channels.
-        """
-        return self._facts.normalize(images)
-
-    def preprocessing(self) -> dict[str, object]:
-        """Return what `load_image` and `normalize` need, JSON-able, for the artifact."""
-        return self._facts.to_dict()
-
     def _loader(
         self,
         part: Split | StreamSplit,
@@ -181,10 +163,8 @@ class ImageData:
         world_size: int,
         workers: int | None,
     ) -> ImageLoader | StreamLoader:
-        _at_least("batch_size", batch_size, 1)
-        workers = self._workers if workers is None else workers
-        if workers is not None:
-            _at_least("workers", workers, 0)
+        at_least("batch_size", batch_size, 1)
+        workers = self._workers_or(workers)
         if isinstance(part, StreamSplit):
             return make_stream_loader(
                 part,
@@ -206,15 +186,3 @@ class ImageData:
             world_size=world_size,
             workers=workers,
         )
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{name} is {value!r}: expected a whole number; correct it in the call")
-    return value
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if _whole(name, value) < least:
-        raise UserError(f"{name} is {value}: expected at least {least}; correct it in the call")
-    return value

@@ -1,4 +1,4 @@
-"""The image files below a folder, held compactly and remembered between starts.
+"""The files below a folder that have certain endings, held compactly and remembered between starts.
 
 A million `Path` objects take hundreds of megabytes and seconds to make. Here the files' names lie
 end to end in one array, about 12 bytes beside each name; forked workers share them, because there
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tenfold.data.cache import cache_folder
 from tenfold.errors import UserError
 
-__all__ = ["ENDINGS", "Listing", "list_images"]
+__all__ = ["ENDINGS", "Listing", "list_files"]
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -41,7 +41,7 @@ _UNREADABLE = (OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZ
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files below a root, sorted by path, part for part.
+    """Files below a root, sorted by path, part for part.
 
     Attributes:
         root: names are relative to it.
@@ -84,24 +84,28 @@ class Listing:
         return True
 
 
-def list_images(root: Path) -> Listing:
-    """List the image files below a folder, from the cache folder if nothing has changed.
+def list_files(root: Path, endings: tuple[str, ...] = ENDINGS) -> Listing:
+    """List the files below a folder, from the cache folder if nothing has changed.
 
     Links are followed. Names that start with a dot are left out: they are what file systems and
     other programs leave beside pictures.
+
+    Args:
+        root: the folder.
+        endings: of the files to list, in lower case; by default those of images.
 
     Raises:
         UserError: a folder can't be read.
     """
     place = root.resolve()  # one listing, whichever way it is named
-    key = hashlib.sha256(f"{place}\0{ENDINGS}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    key = hashlib.sha256(f"{place}\0{endings}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     kept = cache_folder() / "listings" / f"{key}.npz"
     with contextlib.suppress(*_UNREADABLE):
         known = _read(kept, root)
         if known.is_current():
             return known
     started = time.time_ns()
-    listing = _scan(root)
+    listing = _scan(root, endings)
     if int(listing.changed.max()) < started - _TICK_NS:
         with contextlib.suppress(OSError):  # it is only slower without
             _write(kept, listing)
@@ -111,8 +115,9 @@ def list_images(root: Path) -> Listing:
 class _Scan:
     """A scan under way."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, endings: tuple[str, ...]) -> None:
         self.root = root
+        self.endings = endings
         self.folders: list[str] = []
         self.changed = array("q")
         self.names = bytearray()
@@ -132,14 +137,14 @@ class _Scan:
         for name, is_folder in found:
             if is_folder:
                 self.visit(f"{folder}/{name}" if folder else name, above | {this})
-            elif name.lower().endswith(ENDINGS):
+            elif name.lower().endswith(self.endings):
                 self.names.extend(os.fsencode(name))
                 self.ends.append(len(self.names))
                 self.holder.append(number)
 
 
-def _scan(root: Path) -> Listing:
-    scan = _Scan(root)
+def _scan(root: Path, endings: tuple[str, ...]) -> Listing:
+    scan = _Scan(root, endings)
     scan.visit("", frozenset())
     return Listing(
         root,

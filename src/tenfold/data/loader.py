@@ -1,14 +1,19 @@
-"""From a split to batches: dicts of image uint8 `(B, C, H, W)`, label and id int64 `(B,)`."""
+"""From a split to batches: dicts of image uint8 `(B, C, H, W)`, label and id int64 `(B,)`.
+
+Clips come as clip uint8 `(B, C, T, H, W)` in place of image.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -16,44 +21,52 @@ from tenfold.data.base import ArraySet, ImageSet
 from tenfold.data.decode import BadImage
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.sampler import EpochSampler
-from tenfold.data.split import Split, cpu_count
+from tenfold.data.split import SampleSplit, Split, cpu_count
 from tenfold.data.transforms import Augmentation, BatchTransform
 
-__all__ = ["Batch", "FittedImages", "ImageLoader", "make_loader"]
+__all__ = [
+    "Batch",
+    "FittedImages",
+    "FittedSamples",
+    "ImageLoader",
+    "Source",
+    "load_batches",
+    "make_loader",
+]
 
 Batch = dict[str, Tensor]
 
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that a split may keep
 
 
-class FittedImages:
-    """The images of a set at the network's size, each decoded once if all of them fit in 1 GiB.
+class FittedSamples(ABC):
+    """The samples of a set at the network's size, each decoded once if all of them fit in 1 GiB.
 
-    Kept are the images of sets that ask for it (`keep_decoded`), after resize and centre crop,
-    filled as they are first used. Workers use what their parent had and keep nothing themselves:
-    each would hold its own copy.
+    They are filled as they are first used. Workers use what their parent had and keep nothing
+    themselves: each would hold its own copy.
+
+    Args:
+        count: how many there are.
+        facts: the network's input.
+        keep: whether decoded samples may stay in memory.
     """
 
-    def __init__(self, images: ImageSet, facts: Preprocessing) -> None:
-        self.images = images
+    def __init__(self, count: int, facts: Preprocessing, keep: bool) -> None:
         self.facts = facts
-        shape = (len(images), facts.channels, *facts.size)
-        self.kept = images.keep_decoded and math.prod(shape) <= MEMORY_LIMIT
+        shape = (count, *facts.shape)
+        self.kept = keep and math.prod(shape) <= MEMORY_LIMIT
         self._store: Tensor | None = None
-        if isinstance(images, ArraySet) and tuple(images.images.shape) == shape:
-            self.kept = True
-            self._store, self._filled = images.images, torch.ones(len(images), dtype=torch.bool)
-        elif self.kept:
-            # The system hands out these pages one by one, as images are written to them.
+        if self.kept:
+            # The system hands out these pages one by one, as samples are written to them.
             self._store = torch.empty(shape, dtype=torch.uint8)
-            self._filled = torch.zeros(len(images), dtype=torch.bool)
+            self._filled = torch.zeros(count, dtype=torch.bool)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the kept images out where a worker is started by pickling."""
+        """Leave the kept samples out where a worker is started by pickling."""
         return {**self.__dict__, "_store": None}
 
     def batch(self, ids: Tensor) -> Tensor:
-        """Return uint8 `(B, C, H, W)`, a copy."""
+        """Return uint8 `(B, ...)`, a copy."""
         if self._store is None:
             return torch.stack([self.one(i) for i in ids.tolist()])
         missing = ids[~self._filled[ids]].tolist()
@@ -68,33 +81,85 @@ class FittedImages:
         return torch.from_numpy(self._store.numpy()[ids.numpy()])
 
     def one(self, index: int) -> Tensor:
-        """Decode one image, resized and cropped: uint8 `(C, H, W)`."""
-        return self.facts.fit(self.images.image(index))
+        """Decode one sample, resized and cropped."""
+        return self.facts.fit(self.stored(index))
+
+    @abstractmethod
+    def stored(self, index: int) -> Tensor:
+        """Return one sample as it is stored."""
+
+
+class FittedImages(FittedSamples):
+    """The images of a set at the network's size, kept where the set asks for it."""
+
+    def __init__(self, images: ImageSet, facts: Preprocessing) -> None:
+        self.images = images
+        if isinstance(images, ArraySet) and tuple(images.images.shape) == (
+            len(images),
+            *facts.shape,
+        ):
+            super().__init__(len(images), facts, keep=False)
+            self.kept = True
+            self._store, self._filled = images.images, torch.ones(len(images), dtype=torch.bool)
+        else:
+            super().__init__(len(images), facts, images.keep_decoded)
+
+    def stored(self, index: int) -> Tensor:
+        """Return one image as it is stored: uint8 `(C, h, w)`."""
+        return self.images.image(index)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A bad image's way out of a worker: DataLoader would wrap an exception in a traceback."""
+    """A bad sample's way out of a worker: DataLoader would wrap an exception in a traceback."""
 
     name: str
     reason: str
 
 
-class _Batches(Dataset[Any]):
-    """Make a batch from the keys `epoch * n + id` of `EpochSampler`."""
+class Source(Protocol):
+    """Makes the inputs of a batch."""
+
+    key: str
+    """What they are called in a batch."""
+
+    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
+        """Return uint8 `(B, ...)`; only the seed and each sample's epoch and id decide."""
+
+
+class _ImageSource:
+    """Images of a split, augmented."""
+
+    key = "image"
 
     def __init__(
         self, split: Split, fitted: FittedImages, augmentation: Augmentation | None, seed: int
     ) -> None:
         self.split = split
         self.fitted = fitted
-        self.labels = split.labels
         self.transform = BatchTransform(
             augmentation or Augmentation("none"), fitted.facts.size, seed
         )
 
+    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
+        return self.transform(
+            epochs,
+            ids,
+            stored=lambda number: self.split.images.image(int(ids[number])),
+            fitted=lambda: self.fitted.batch(torch.from_numpy(ids)),
+        )
+
+
+class _Batches(Dataset[Any]):
+    """Make a batch from the keys `epoch * n + id` of `EpochSampler`."""
+
+    def __init__(self, split: SampleSplit, source: Source) -> None:
+        self.split = split
+        self.source = source
+        self.labels = split.labels
+
     def __len__(self) -> int:
-        return len(self.split.images)
+        return len(self.split.samples)
 
     def __getitem__(self, key: int) -> Batch:
         return {name: values[0] for name, values in self._batch([key]).items()}
@@ -109,17 +174,15 @@ class _Batches(Dataset[Any]):
     def _batch(self, keys: list[int]) -> Batch:
         epochs, ids = np.divmod(np.array(keys, dtype=np.int64), len(self))
         chosen = torch.from_numpy(ids)
-        images = self.transform(
-            epochs,
-            ids,
-            stored=lambda number: self.split.images.image(int(ids[number])),
-            fitted=lambda: self.fitted.batch(chosen),
-        )
-        return {"image": images, "label": self.labels[chosen], "id": chosen}
+        return {
+            self.source.key: self.source(epochs, ids),
+            "label": self.labels[chosen],
+            "id": chosen,
+        }
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader in whose batches a bad image, met by any worker, is an error of one line."""
+    """A DataLoader in whose batches a bad sample, met by any worker, is an error of one line."""
 
     dataset: _Batches
 
@@ -157,15 +220,37 @@ def make_loader(
     if workers is None:
         slow = augmentation is not None and (augmentation.resized_crop or augmentation.policy)
         workers = 0 if fitted.kept and not slow else min(4, cpu_count())
+    return load_batches(
+        split,
+        _ImageSource(split, fitted, augmentation, seed),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=augmentation is not None,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+    )
+
+
+def load_batches(
+    split: SampleSplit,
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    rank: int,
+    world_size: int,
+    workers: int,
+) -> ImageLoader:
+    """Make the loader of one split from what makes the inputs of a batch."""
     if workers:
         # Seconds, which forked workers then don't each spend again.
         import torchvision.transforms.v2  # noqa: F401
     return ImageLoader(
-        _Batches(split, fitted, augmentation, seed),
+        _Batches(split, source),
         batch_size=batch_size,
-        sampler=EpochSampler(
-            len(split.images), seed, augmentation is not None, rank, world_size, split.ids
-        ),
+        sampler=EpochSampler(len(split.samples), seed, shuffle, rank, world_size, split.ids),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -6,11 +6,8 @@ is `bytes[offsets[i]:offsets[i+1]]`; `labels` (N,); `classes` (K,), names.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from tenfold.data.base import ImageSet
@@ -18,6 +15,7 @@ from tenfold.data.cache import remembered
 from tenfold.data.decode import decode, encoded_size
 from tenfold.data.images import ImageData
 from tenfold.data.options import DataOptions
+from tenfold.data.packed import check_cuts, check_kinds, check_labels, read_arrays
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
 from tenfold.data.statistics import channel_statistics
@@ -44,8 +42,10 @@ class PackedSet(ImageSet):
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         self._path = path
-        arrays = _read(path)
-        _check(path, arrays)
+        arrays = read_arrays(path, _KEYS)
+        check_kinds(path, arrays)
+        check_labels(path, arrays, "offsets", "image")
+        check_cuts(path, arrays, "offsets", "image", len(arrays["bytes"]), "bytes")
         self.classes: list[str] = arrays["classes"].tolist()
         self._bytes = arrays["bytes"]
         self._labels: list[int] = arrays["labels"][:limit].tolist()
@@ -130,60 +130,3 @@ def _measure(images: PackedSet, train: Split) -> dict[str, object]:
     equal = len(sizes) == 1
     size = next(iter(sizes)) if equal else (square, square)
     return {"equal": equal, "size": list(size), "mean": mean, "std": std}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in _KEYS if key not in file]
-            if missing:
-                raise UserError(
-                    f"{path} has no {', '.join(missing)}: expected the keys {', '.join(_KEYS)}; "
-                    "pack it again"
-                )
-            return {key: file[key] for key in _KEYS}
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} can't be read ({reason}): expected a .npz of plain arrays; pack it again"
-        ) from None
-
-
-def _check(path: Path, arrays: dict[str, Any]) -> None:
-    data, offsets, labels, classes = (arrays[key] for key in _KEYS)
-    expected = {"bytes": "u", "offsets": "iu", "labels": "iu", "classes": "U"}
-    for key, kinds in expected.items():
-        array = arrays[key]
-        if (
-            array.ndim != 1
-            or array.dtype.kind not in kinds
-            or (key == "bytes" and array.itemsize > 1)
-        ):
-            raise UserError(
-                f"{key} of {path} is {array.dtype} of shape {array.shape}: expected one dimension "
-                "of uint8 bytes, whole offsets and labels, and names as text; pack it again"
-            )
-    if len(labels) == 0 or len(offsets) != len(labels) + 1:
-        raise UserError(
-            f"{path} has {len(labels)} labels and {len(offsets)} offsets: expected at least one "
-            "label, and one offset more than labels; pack it again"
-        )
-    falling = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if len(falling):
-        raise UserError(
-            f"offsets of {path} fall from {offsets[falling[0]]} to {offsets[falling[0] + 1]} at "
-            f"image {falling[0]}: expected them in ascending order; pack it again"
-        )
-    if offsets[0] < 0 or offsets[-1] > len(data):
-        raise UserError(
-            f"offsets of {path} go from {offsets[0]} to {offsets[-1]}: expected them inside its "
-            f"{len(data)} bytes; the file is damaged or packed wrongly, pack it again"
-        )
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(outside):
-        raise UserError(
-            f"image {outside[0]} of {path} has label {labels[outside[0]]}: expected 0 to "
-            f"{len(classes) - 1}, for {len(classes)} classes; correct the labels"
-        )

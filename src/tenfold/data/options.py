@@ -13,6 +13,16 @@ __all__ = ["DataOptions"]
 
 _TEXTS = ("config", "train_split", "test_split", "image_column", "label_column")
 _STREAMING = ("samples", "buffer")
+_CLIPS = ("frames", "stride", "train_clips", "test_clips")
+_FILES = ("frames", "video", "clips_npz")
+
+# The options that only some data sets have, with those sets.
+_ONLY = {
+    **dict.fromkeys((*_TEXTS, "classes", "streaming", *_STREAMING), ("hf",)),
+    "frames": (*_FILES, "motions"),
+    "stride": _FILES,
+    **dict.fromkeys(("train_clips", "test_clips", "seed"), ("motions",)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,11 @@ class DataOptions:
         streaming: hf: read while training, for sets that don't fit on the disk.
         samples: streaming: the number of training images, where the set doesn't say it.
         buffer: streaming: each reader shuffles among so many images; None: 1,000.
+        frames: clips: how many frames the network sees; None: 16, and 8 of motions.
+        stride: clips: every so many frames of a video or folder are taken; None: 1.
+        train_clips: motions: how many to train on; None: 4,000.
+        test_clips: motions: how many are held out; None: 1,000.
+        seed: motions: another seed gives other clips; None: 0. It is not the run's.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -59,6 +74,11 @@ class DataOptions:
     streaming: bool = False
     samples: int | None = None
     buffer: int | None = None
+    frames: int | None = None
+    stride: int | None = None
+    train_clips: int | None = None
+    test_clips: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -75,14 +95,18 @@ class DataOptions:
             "streaming": _truth("streaming", self.streaming),
             "samples": _whole("samples", self.samples, 1),
             "buffer": _whole("buffer", self.buffer, 1),
+            **{name: _whole(name, getattr(self, name), 1) for name in _CLIPS},
+            "seed": _whole("seed", self.seed, 0),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.std is not None and min(self.std) <= 0:
             raise _wrong("std", list(self.std), "numbers above 0")
-        for name in (*_TEXTS, "classes", "streaming", *_STREAMING):
-            if getattr(self, name) and self.name != "hf":
-                raise _wrong(name, getattr(self, name), f"it only for hf data, not for {self.name}")
+        for name, sets in _ONLY.items():
+            value = getattr(self, name)
+            if value not in (None, False) and self.name not in sets:
+                known = " or ".join(sets)
+                raise _wrong(name, value, f"it only for {known} data, not for {self.name}")
         for name in _STREAMING:
             if getattr(self, name) and not self.streaming:
                 raise _wrong(name, getattr(self, name), "it only beside streaming: true")

@@ -1,4 +1,4 @@
-"""What happens to an image ahead of the network: resize, centre crop, normalise."""
+"""What happens to an image or a clip ahead of the network: resize, centre crop, normalise."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Preprocessing:
         resize: short side in pixels ahead of the centre crop; None resizes only images of another
             size, just enough to cover `size`.
         interpolation: bilinear, bicubic or nearest.
+        frames: how many a clip has; None: the input is an image.
+        stride: every so many frames of a video are taken.
     """
 
     channels: int
@@ -39,6 +41,8 @@ class Preprocessing:
     std: tuple[float, ...]
     resize: int | None = None
     interpolation: str = "bilinear"
+    frames: int | None = None
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -57,6 +61,17 @@ class Preprocessing:
             )
         if self.interpolation not in _INTERPOLATIONS:
             raise unknown_name("interpolation", self.interpolation, _INTERPOLATIONS)
+        if self.stride < 1 or (self.frames is not None and self.frames < 1):
+            raise UserError(
+                f"frames {self.frames} and stride {self.stride}: expected whole numbers of at "
+                "least 1; frames null is for images"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The network's input without the batch: `(C, H, W)`, or `(C, T, H, W)` for clips."""
+        frames = () if self.frames is None else (self.frames,)
+        return (self.channels, *frames, *self.size)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, object]) -> Preprocessing:
@@ -74,7 +89,7 @@ class Preprocessing:
             )
         try:
             height, width = cast(Sequence[int], given["size"])
-            resize = given.get("resize")
+            resize, frames = given.get("resize"), given.get("frames")
             return cls(
                 channels=int(cast(int, given["channels"])),
                 size=(int(height), int(width)),
@@ -82,6 +97,8 @@ class Preprocessing:
                 std=tuple(float(v) for v in cast(Sequence[float], given["std"])),
                 resize=None if resize is None else int(cast(int, resize)),
                 interpolation=str(given.get("interpolation", "bilinear")),
+                frames=None if frames is None else int(cast(int, frames)),
+                stride=int(cast(int, given.get("stride", 1))),
             )
         except UserError:
             raise
@@ -92,7 +109,8 @@ class Preprocessing:
             ) from None
 
     def to_dict(self) -> dict[str, object]:
-        """Return the JSON form."""
+        """Return the JSON form; that of images says nothing about frames."""
+        clip = {} if self.frames is None else {"frames": self.frames, "stride": self.stride}
         return {
             "channels": self.channels,
             "size": list(self.size),
@@ -100,10 +118,11 @@ class Preprocessing:
             "std": list(self.std),
             "resize": self.resize,
             "interpolation": self.interpolation,
+            **clip,
         }
 
     def fit(self, image: Tensor) -> Tensor:
-        """Resize and centre-crop one uint8 image `(C, h, w)` to `(C, H, W)`."""
+        """Resize and centre-crop uint8 `(C, h, w)` to `(C, H, W)`, or `(C, T, h, w)` likewise."""
         height, width = self.size
         given = (int(image.shape[-2]), int(image.shape[-1]))
         if self.resize is None and given == self.size:
@@ -120,21 +139,32 @@ class Preprocessing:
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 `(B, C, H, W)` into normalised float32, on the device that it is on.
 
+        Clips are `(B, C, T, H, W)`.
+
         Raises:
             UserError: other than uint8, or another number of channels.
         """
-        if images.dtype != torch.uint8 or images.shape[-3] != self.channels:
+        axes = 3 if self.frames is None else 4
+        if (
+            images.dtype != torch.uint8
+            or images.ndim < axes
+            or images.shape[-axes] != self.channels
+        ):
+            what, shape = ("images", "H, W") if self.frames is None else ("clips", "T, H, W")
             raise UserError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}: expected torch.uint8 "
-                f"(B, {self.channels}, H, W) with values 0..255; normalise raw images, once"
+                f"{what} are {images.dtype} of shape {tuple(images.shape)}: expected torch.uint8 "
+                f"(B, {self.channels}, {shape}) with values 0..255; normalise raw {what}, once"
             )
-        mean = torch.tensor(self.mean, device=images.device).reshape(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).reshape(-1, 1, 1)
+        ones = (1,) * (axes - 1)
+        mean = torch.tensor(self.mean, device=images.device).reshape(-1, *ones)
+        std = torch.tensor(self.std, device=images.device).reshape(-1, *ones)
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def normalize(images: Tensor, preprocessing: Mapping[str, object]) -> Tensor:
     """Turn uint8 `(B, C, H, W)` into normalised float32 as an artifact's preprocessing says.
+
+    Where that is for clips, `(B, C, T, H, W)`.
 
     Raises:
         UserError: `preprocessing` or `images` is not of the expected kind.

@@ -1,4 +1,4 @@
-"""One half of a data set (train or test) and the search for images in it that can't be read."""
+"""One half of a data set (train or test) and the search for samples in it that can't be read."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from tenfold.data.base import ImageSet
+from tenfold.data.base import ClipSet, ImageSet, LabelledSet
 from tenfold.data.cache import remembered
 from tenfold.data.decode import BadImage
 from tenfold.errors import UserError
 
-__all__ = ["Split", "cpu_count"]
+__all__ = ["ClipSplit", "SampleSplit", "Split", "cpu_count"]
 
 SCAN_SECONDS = 30.0
 
 
-class Split:
-    """A set of images and the ids in it that are used.
+class SampleSplit:
+    """A set of samples and the ids in it that are used.
 
     Args:
         title: "train" or "test", for messages.
-        images: the whole set.
-        skip_bad: read every image once now and leave out those that can't be read. The result is
+        samples: the whole set.
+        skip_bad: read every sample once now and leave out those that can't be read. The result is
             remembered in the cache folder until the files change. Ids don't shift.
 
     Attributes:
         ids: int64, ascending, the ids in use.
-        skipped: names of the images left out.
+        skipped: names of the samples left out.
 
     Raises:
         UserError: nothing is left.
     """
 
-    def __init__(self, title: str, images: ImageSet, skip_bad: bool = False) -> None:
+    def __init__(self, title: str, samples: LabelledSet, skip_bad: bool = False) -> None:
         self.title = title
-        self.images = images
-        self.ids: Tensor = torch.arange(len(images))
+        self.samples = samples
+        self.ids: Tensor = torch.arange(len(samples))
         self.skipped: list[str] = []
         # Asked for only where it is needed: it may look at every file.
-        fingerprint = images.fingerprint() if skip_bad else None
+        fingerprint = samples.fingerprint() if skip_bad else None
         if fingerprint is not None:
             self._skip_bad(fingerprint)
 
     @property
     def size(self) -> int:
-        """How many images are used."""
+        """How many samples are used."""
         return len(self.ids)
 
     @property
     def labels(self) -> Tensor:
         """The class of every id, used or not: int64 `(N,)`."""
-        return self.images.labels()
+        return self.samples.labels()
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
@@ -67,25 +67,25 @@ class Split:
             raise self.explain(error) from None
 
     def explain(self, error: BadImage) -> UserError:
-        """Return the error for an image that can't be read, with a count over the split."""
+        """Return the error for a sample that can't be read, with a count over the split."""
         bad, checked = self._scan(SCAN_SECONDS)
-        total = len(self.ids)
-        among = f"{total:,} {self.title} images"
+        total, unit = len(self.ids), self.samples.unit
+        among = f"{total:,} {self.title} {unit}s"
         if checked < total:
             among = f"the first {checked:,} of {among}, checked in {SCAN_SECONDS:.0f} s,"
-        names = ", ".join(self.images.name(i) for i in bad[:3]) + (", …" if len(bad) > 3 else "")
+        names = ", ".join(self.samples.name(i) for i in bad[:3]) + (", …" if len(bad) > 3 else "")
         count = f"{len(bad):,} of {among} can't be read ({names}); " if bad else ""
         return UserError(
-            f"can't read image {error.name}: {error.reason}; {count}"
+            f"can't read {unit} {error.name}: {error.reason}; {count}"
             "pass --data.skip_bad true to go on without them"
         )
 
     def _scan(self, seconds: float | None) -> tuple[list[int], int]:
-        """Decode every used image; return the ids that fail and how many were tried in time."""
+        """Decode every used sample; return the ids that fail and how many were tried in time."""
 
         def fails(index: int) -> bool:
             try:
-                self.images.image(index)
+                self.samples.check(index)
             except BadImage:
                 return True
             return False
@@ -112,13 +112,29 @@ class Split:
         )["bad"]
         keep = torch.ones(len(self.ids), dtype=torch.bool)
         keep[bad] = False
-        self.skipped = [self.images.name(i) for i in bad]
+        self.skipped = [self.samples.name(i) for i in bad]
         self.ids = self.ids[keep]
         if len(self.ids) == 0:
             raise UserError(
-                f"none of the {len(bad):,} {self.title} images can be read "
-                f"({', '.join(self.skipped[:3])}): expected image files; check the data's path"
+                f"none of the {len(bad):,} {self.title} {self.samples.unit}s can be read "
+                f"({', '.join(self.skipped[:3])}): expected whole files; check the data's path"
             )
+
+
+class Split(SampleSplit):
+    """A split of images."""
+
+    def __init__(self, title: str, images: ImageSet, skip_bad: bool = False) -> None:
+        self.images = images
+        super().__init__(title, images, skip_bad)
+
+
+class ClipSplit(SampleSplit):
+    """A split of clips."""
+
+    def __init__(self, title: str, clips: ClipSet, skip_bad: bool = False) -> None:
+        self.clips = clips
+        super().__init__(title, clips, skip_bad)
 
 
 def cpu_count() -> int:

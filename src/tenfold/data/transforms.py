@@ -80,15 +80,18 @@ def shift_and_flip(
     """Shift each image by up to an eighth of its size and mirror half of them.
 
     Args:
-        images: uint8 `(B, C, H, W)`; not changed.
+        images: uint8 `(B, C, H, W)`, or `(B, C, T, H, W)`, whose frames go the same way; not
+            changed.
         seed: the run's seed.
         epochs: `(B,)`.
         ids: `(B,)`.
         flip: whether to mirror.
 
     Returns:
-        uint8 `(B, C, H, W)`, contiguous.
+        uint8 of the same shape, contiguous.
     """
+    shape = images.shape
+    images = images.flatten(1, -3)
     count, _, height, width = images.shape
     pad_y, pad_x = max(1, height // 8), max(1, width // 8)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (pad_y, pad_y), (pad_x, pad_x)))
@@ -99,7 +102,7 @@ def shift_and_flip(
     if flip:
         mirrored = below(2, mix(seed, epochs, ids, 2)) == 1
         out[mirrored] = out[mirrored, :, :, ::-1]
-    return torch.from_numpy(out)
+    return torch.from_numpy(out).reshape(shape)
 
 
 class SampleTransform:
@@ -113,12 +116,16 @@ class SampleTransform:
     def __call__(self, image: Tensor, seed: int, epoch: int, sample: int) -> Tensor:
         """Transform one uint8 image `(C, H, W)`; only (seed, epoch, sample) decide what is drawn.
 
-        v2 draws from torch's global generator alone; it is put back as it was.
+        A clip's frames `(C, T, H, W)` all go the same way. v2 draws from torch's global generator
+        alone; it is put back as it was.
         """
         transform = self._transform = self._transform or self._build()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_one(seed, epoch, sample, 3))
-            return transform(image)
+            if image.ndim == 3:
+                return transform(image)
+            # v2 takes the third axis from the end for the channels.
+            return transform(image.transpose(0, 1)).transpose(0, 1).contiguous()
 
     def _build(self) -> Callable[[Tensor], Tensor]:
         from torchvision.transforms import v2
@@ -156,11 +163,13 @@ class BatchTransform:
     ) -> Tensor:
         """Return uint8 `(B, C, H, W)`; only the seed and each image's epoch and id decide.
 
+        Clips `(B, C, T, H, W)` go the same way.
+
         Args:
             epochs: `(B,)`.
             ids: `(B,)`.
             stored: gives the batch's image of that number as it is stored.
-            fitted: gives the batch resized and cropped, `(B, C, H, W)`; not changed.
+            fitted: gives the batch resized and cropped; not changed.
         """
         todo = self.augmentation
         draws = list(enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)))

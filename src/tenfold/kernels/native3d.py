@@ -88,7 +88,8 @@ def _empty_channels_last(*shape: int) -> Tensor:
 
 
 def _transpose(x: Tensor, y: Tensor, batch: int, rows: int, columns: int) -> None:
-    native._module.transpose(x.data_ptr(), y.data_ptr(), batch, rows, columns, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    native._module.transpose(x.data_ptr(), y.data_ptr(), batch, rows, columns, threads)
 
 
 def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:

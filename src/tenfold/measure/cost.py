@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet
 from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["Cost", "LayerCost", "count_cost"]
 
@@ -35,7 +36,8 @@ class LayerCost:
         type: Its class.
         shape: The weight's shape.
         parameters: Elements of weight and bias.
-        macs: Multiply-adds for one sample, all weights counted.
+        macs: Multiply-adds for one sample, all weights counted; of a Winograd layer those of its
+            products, kept columns alone, without the additions of its transforms.
         kept: Share of the weight's elements that are not zero.
         effective_macs: Multiply-adds that are left when zero weights are skipped.
     """
@@ -166,8 +168,12 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 
 
 def _packed_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the dense form of packed layers' weights, and their biases, which are buffers."""
-    packed = [module for module in model.modules() if isinstance(module, KernelLayer)]
+    """Return the dense form of packed layers' weights, and their biases, which are buffers.
+
+    A Winograd layer's weights are its kept columns.
+    """
+    kinds = (KernelLayer, WinogradConv3d)
+    packed = [module for module in model.modules() if isinstance(module, kinds)]
     biases = [bias for layer in packed if isinstance(bias := layer.bias, Tensor)]
     return [*(layer.weight for layer in packed), *biases]
 

@@ -34,7 +34,7 @@ def table(result: BenchResult) -> str:
             ]
         )
     times = [
-        ["runtime", "batch", "model", "latency", "images/s", f"vs {_short(result.models[0])}", ""]
+        ["runtime", "batch", "model", "latency", "per second", f"vs {_short(result.models[0])}", ""]
     ]
     previous: tuple[str, int] | None = None
     for row in result.latency:

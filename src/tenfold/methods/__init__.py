@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.lbc import from_blocks as from_blocks
     from tenfold.methods.lbc import removed_candidates as removed_candidates
     from tenfold.methods.lbc import to_blocks as to_blocks
+    from tenfold.methods.winograd3d import Winograd3d as Winograd3d
+    from tenfold.methods.winograd3d import convert as convert
+    from tenfold.methods.winograd3d import gain_scales as gain_scales
+    from tenfold.methods.winograd3d import transforms as transforms
+    from tenfold.methods.winograd3d import winograd_weight as winograd_weight
 
 __all__ = ["Kind", "LayerPlan", "Method", "Stage", "find", "in_order", "registry"]
 

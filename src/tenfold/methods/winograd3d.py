@@ -42,28 +42,12 @@ from tenfold.methods.base import Kind, LayerPlan, Method, Stage
 from tenfold.methods.layers import Layer, choose_layers
 from tenfold.methods.ranks import take_from_rank_zero
 from tenfold.methods.schedule import Schedule, check_time
-from tenfold.methods.winograd_columns import (
-    compensation,
-    eliminate,
-    error_matrix,
-    kept_columns,
-)
 from tenfold.methods.winograd_convert import convert
 from tenfold.methods.winograd_layer import Mode, WinogradTraining, replace_module
 from tenfold.methods.winograd_pruning import SCORES, ColumnPruner, Score
 from tenfold.nn.winograd_fit import unconvertible
 
-__all__ = [
-    "Winograd3d",
-    "compensation",
-    "convert",
-    "eliminate",
-    "error_matrix",
-    "gain_scales",
-    "kept_columns",
-    "transforms",
-    "winograd_weight",
-]
+__all__ = ["Winograd3d", "convert", "gain_scales", "transforms", "winograd_weight"]
 
 MODES = ("residual", "factor", "dense")
 

@@ -11,14 +11,18 @@ from torch import nn
 
 from tenfold.errors import UserError, unknown_name
 from tenfold.imports import import_object, is_object_name
+from tenfold.nn.c3d import C3D
 from tenfold.nn.cifar_resnet import CifarResNet
 from tenfold.nn.digitnet import DigitNet
+from tenfold.nn.unet3d import UNet3d
 
 __all__ = ["Network", "build", "check_name", "load_pretrained", "names", "rebuild"]
 
 _OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{f"resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (20, 32, 44, 56, 110)},
     "digitnet": (DigitNet, {}),
+    "c3d": (C3D, {}),
+    "unet3d": (UNet3d, {}),
 }
 
 
@@ -32,7 +36,9 @@ def names() -> dict[str, str]:
     described["timm/<name>"] = (
         "any model of timm, such as timm/resnet50 or timm/vit_tiny_patch16_224"
     )
-    described["torchvision/<name>"] = "any classifier of torchvision, such as torchvision/resnet18"
+    described["torchvision/<name>"] = (
+        "any classifier of torchvision, such as torchvision/resnet18; for clips torchvision/r3d_18"
+    )
     described["<file.py or package.module>:<function>"] = "your own; called with num_classes"
     return described
 
@@ -57,6 +63,7 @@ def build(
     num_classes: int,
     channels: int = 3,
     size: tuple[int, int] | None = None,
+    frames: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Network]:
     """Build a network with fresh weights.
@@ -65,7 +72,9 @@ def build(
         name: as in a recipe's `model`; an artifact's `tenfold/…` works too.
         num_classes: outputs.
         channels: input channels.
-        size: height and width of the input; given to transformers of timm that need it.
+        size: height and width of the input; given to transformers of timm and to our own networks
+            that need it.
+        frames: of a clip, likewise; None for images.
         options: further keyword arguments of the constructor.
 
     Returns:
@@ -89,6 +98,10 @@ def build(
         raise unknown_name("model", name, [*_OWN, "timm/<name>", "torchvision/<name>"])
     network, fixed = _OWN[own]
     arguments = {"num_classes": num_classes, "channels": channels, **given}
+    accepted = inspect.signature(network).parameters
+    for key, value in (("size", size), ("frames", frames)):
+        if key in accepted and value is not None:
+            arguments.setdefault(key, list(value) if isinstance(value, tuple) else value)
     return (
         _call(network, {**fixed, **arguments}, name),
         Network(f"tenfold/{own}", arguments),
@@ -215,7 +228,11 @@ def _timm(
 def _torchvision(name: str, arguments: dict[str, Any], channels: int) -> tuple[nn.Module, Network]:
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = [
+        model
+        for module in (torchvision.models, torchvision.models.video)
+        for model in torchvision.models.list_models(module=module)
+    ]
     if name not in known:
         raise unknown_name("torchvision model", name, known)
     if channels != 3:

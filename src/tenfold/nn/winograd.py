@@ -199,6 +199,11 @@ class WinogradConv3d(nn.Module):
         except UserError as error:
             raise UserError(f"layer {self.name or type(self).__name__}: {error}") from error
 
+    @property
+    def weight(self) -> Tensor:
+        """Return the values, `(K, O, C)`: what stands for a weight here."""
+        return self.values
+
     def macs(self, output: Tensor) -> int:
         """Return the multiply-adds of the 3x3x3 convolution behind an output."""
         return output.numel() * self.in_channels * 27

@@ -37,7 +37,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Size:
-    """What one model weighs: counts, MACs per image, bytes on disk."""
+    """What one model weighs: counts, MACs per image or clip, bytes on disk."""
 
     parameters: float | None = None
     nonzero_parameters: float | None = None
@@ -134,6 +134,7 @@ class Run:
     seconds: float | None
     epochs: float | None
     version: str | None
+    unit: str = "image"  # or clip: what the network takes
 
 
 def read_run(folder: Path) -> Run:
@@ -170,6 +171,7 @@ def read_run(folder: Path) -> Run:
         seconds=about.number("seconds") if about else None,
         epochs=about.number("epochs") if about else None,
         version=about.text("tenfold") if about else None,
+        unit=(about.fields("evaluation").text("unit") if about else None) or "image",
     )
 
 

@@ -1,4 +1,4 @@
-"""The task that learns classes from images, as a LightningModule and a LightningDataModule."""
+"""The task that learns classes from images or clips, for Lightning: a module and its data."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from torch.nn import functional
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from tenfold.data import ImageData
+from tenfold.data import LabelledData
 from tenfold.data.randomness import mix_one
 from tenfold.errors import UserError
 from tenfold.methods import Method
 from tenfold.tasks.optimization import make_optimizer, make_schedule
 from tenfold.tasks.recipe import Train
 
-__all__ = ["Classification", "ImageDataModule", "as_batch"]
+__all__ = ["CHANNELS_LAST", "Classification", "ImageDataModule", "as_batch", "inputs_of"]
 
 Batch = dict[str, Tensor]
 
+# The order of an input's or a weight's axes in memory that trains faster, by their number.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class Classification(pl.LightningModule):
-    """Train and validate an image classifier.
+    """Train and validate a classifier of images or clips.
 
-    A batch is a dict of `image` `(B, C, H, W)`, `label` `(B,)` and `id` `(B,)`; plain `(x, y)`
-    pairs are taken too, unless a method needs ids.
+    A batch is a dict of `image` `(B, C, H, W)` or `clip` `(B, C, T, H, W)`, `label` `(B,)` and `id`
+    `(B,)`; plain `(x, y)` pairs are taken too, unless a method needs ids.
 
     Args:
-        model: the network; maps images to logits `(B, num_classes)`.
+        model: the network; maps images or clips to logits `(B, num_classes)`.
         train: the recipe's section.
         num_classes: number of classes.
         total_steps: optimizer steps of the run.
@@ -70,17 +73,18 @@ class Classification(pl.LightningModule):
         self._mix = _mixing(train, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map normalised images `(B, C, H, W)` to logits."""
+        """Map normalised images `(B, C, H, W)`, or clips, to logits."""
         logits: Tensor = self.model(image)
         return logits
 
     def _prepared(self, batch: Any) -> Batch:
         """Normalise the batch, on the device that it has been moved to."""
         found = as_batch(batch, needs_ids=any(method.needs_ids for method in self.methods))
-        if self.normalize is not None and found["image"].dtype == torch.uint8:
-            found["image"] = self.normalize(found["image"])
-        if found["image"].ndim == 4:
-            found["image"] = found["image"].contiguous(memory_format=torch.channels_last)
+        key = _key(found)
+        if self.normalize is not None and found[key].dtype == torch.uint8:
+            found[key] = self.normalize(found[key])
+        if found[key].ndim in CHANNELS_LAST:
+            found[key] = found[key].contiguous(memory_format=CHANNELS_LAST[found[key].ndim])
         return found
 
     def on_train_epoch_start(self) -> None:
@@ -105,7 +109,7 @@ class Classification(pl.LightningModule):
         if replacing is not None:
             loss = replacing.training_loss(self.model, batch, self.criterion)
         else:
-            image = batch["image"]
+            image = inputs_of(batch)
             if self._mix is not None:
                 image, label = self._mix(image, label)
             loss = self.criterion(self._logits(image), label)
@@ -123,7 +127,7 @@ class Classification(pl.LightningModule):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"a batch of {len(image)} image is too small for the network's batch norm: choose "
+                f"a batch of {len(image)} is too small for the network's batch norm: choose "
                 f"another train.batch_size than {self.recipe.batch_size}, which leaves so few for "
                 "the last batch"
             ) from error
@@ -152,9 +156,9 @@ class Classification(pl.LightningModule):
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count hits and loss over the held-out images."""
+        """Count hits and loss over the held-out samples."""
         batch = self._prepared(batch)
-        logits = self(batch["image"])
+        logits = self(inputs_of(batch))
         size = len(batch["label"])
         self.test_loss.update(functional.cross_entropy(logits, batch["label"]), weight=size)
         self.test_accuracy.update(logits, batch["label"])
@@ -189,7 +193,7 @@ class Classification(pl.LightningModule):
 class ImageDataModule(pl.LightningDataModule):
     """Lend a data set to a Trainer, each rank its own share."""
 
-    def __init__(self, data: ImageData, train: Train, seed: int):
+    def __init__(self, data: LabelledData, train: Train, seed: int):
         super().__init__()
         self.data = data
         self.recipe = train
@@ -211,7 +215,7 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """Return the held-out images in order."""
+        """Return the held-out samples in order."""
         return self.data.test_loader(batch_size=self.recipe.batch_size, **self._ranks())
 
 
@@ -219,16 +223,16 @@ def as_batch(batch: Any, needs_ids: bool = False) -> Batch:
     """Bring what a loader gave into the form of a batch.
 
     Raises:
-        UserError: neither a mapping with image and label nor a pair, or ids are missing.
+        UserError: neither a mapping with image (or clip) and label nor a pair, or ids are missing.
     """
-    if isinstance(batch, Mapping) and "image" in batch and "label" in batch:
+    if isinstance(batch, Mapping) and {"image", "clip"} & {*batch} and "label" in batch:
         found: Batch = dict(batch)
     elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
         found = dict(zip(("image", "label", "id"), batch, strict=False))
     else:
         raise UserError(
             f"the loader gave {type(batch).__name__}: expected (images, labels), or a dict with "
-            "image, label and id"
+            "image or clip, label and id"
         )
     if needs_ids and "id" not in found:
         raise UserError(
@@ -236,6 +240,15 @@ def as_batch(batch: Any, needs_ids: bool = False) -> Batch:
             "return (image, label, id)"
         )
     return found
+
+
+def inputs_of(batch: Batch) -> Tensor:
+    """Return a batch's images or clips."""
+    return batch[_key(batch)]
+
+
+def _key(batch: Batch) -> str:
+    return "clip" if "clip" in batch else "image"
 
 
 def _mixing(train: Train, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -251,4 +264,13 @@ def _mixing(train: Train, num_classes: int) -> Callable[..., tuple[Tensor, Tenso
     mix: Callable[..., tuple[Tensor, Tensor]] = (
         v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0]
     )
-    return mix
+
+    def mixed(inputs: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if inputs.ndim == 4:
+            return mix(inputs, label)
+        from torchvision.tv_tensors import Video  # else v2 refuses a fifth axis
+
+        video, shares = mix(Video(inputs), label)
+        return video.as_subclass(Tensor), shares
+
+    return mixed

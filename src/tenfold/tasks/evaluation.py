@@ -1,4 +1,4 @@
-"""Accuracy of anything that turns images into logits: a module, an artifact, an exported file."""
+"""Accuracy of what turns images or clips into logits: a module, an artifact, an exported file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tenfold.data import ImageData, create
+from tenfold.data import LabelledData, create
 from tenfold.errors import UserError
 from tenfold.tasks.loading import model_of, open_artifact
 
@@ -21,14 +21,15 @@ __all__ = ["Evaluation", "evaluate"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over held-out images.
+    """Figures over held-out images or clips.
 
     Attributes:
-        accuracy: share of images whose top class is right, 0 to 1.
+        accuracy: share of them whose top class is right, 0 to 1.
         loss: mean cross-entropy, in nats.
-        images: how many images.
+        images: how many there are.
         data: name of the data set.
         runtime: pytorch, onnxruntime or openvino.
+        unit: image or clip.
     """
 
     accuracy: float
@@ -36,6 +37,7 @@ class Evaluation:
     images: int
     data: str
     runtime: str
+    unit: str = "image"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -45,25 +47,25 @@ class Evaluation:
         """Write one line for a person."""
         return (
             f"{self.data}: accuracy {100 * self.accuracy:.2f} % of {self.images:,} held-out "
-            f"images, loss {self.loss:.4f} ({self.runtime})"
+            f"{self.unit}s, loss {self.loss:.4f} ({self.runtime})"
         )
 
 
 def evaluate(
     model: nn.Module | str | Path,
-    data: ImageData | str | dict[str, Any] | None = None,
+    data: LabelledData | str | dict[str, Any] | None = None,
     *,
     to: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Evaluation:
-    """Evaluate on the held-out images of a data set.
+    """Evaluate on the held-out images or clips of a data set.
 
     Args:
         model: a module, or the path of a run, an artifact, an `.onnx` or an OpenVINO `.xml` file.
         data: a data set or its name; by default the one that a run or file was trained on.
         to: `onnx` or `openvino`: evaluate what is exported instead. A run's own export is taken,
             anything else is exported for the occasion.
-        batch_size: images at a time.
+        batch_size: how many at a time; by default 256 images or 32 clips.
 
     Raises:
         UserError: nothing there to evaluate, no data named, or outputs that don't fit the classes.
@@ -71,7 +73,7 @@ def evaluate(
     if to not in (None, "torch", "onnx", "openvino"):
         raise UserError(f"to={to!r}: expected onnx, openvino or torch")
     with _opened(model, data, to) as (runtime, forward, images):
-        return _evaluate(forward, images, runtime, batch_size)
+        return _evaluate(forward, images, runtime, batch_size or images.eval_batch_size)
 
 
 Forward = Callable[[Tensor], Tensor]
@@ -80,7 +82,7 @@ Forward = Callable[[Tensor], Tensor]
 @contextlib.contextmanager
 def _opened(
     model: nn.Module | str | Path, data: Any, to: str | None
-) -> Iterator[tuple[str, Forward, ImageData]]:
+) -> Iterator[tuple[str, Forward, LabelledData]]:
     """Yield the runtime's name, a function from images to logits, and the data."""
     if isinstance(model, nn.Module):
         if data is None:
@@ -107,8 +109,8 @@ def _opened(
 
 
 def _module(
-    model: nn.Module, images: ImageData, to: str | None
-) -> Iterator[tuple[str, Forward, ImageData]]:
+    model: nn.Module, images: LabelledData, to: str | None
+) -> Iterator[tuple[str, Forward, LabelledData]]:
     if to in (None, "torch"):
         yield "pytorch", _in_eval(model), images
         return
@@ -116,7 +118,7 @@ def _module(
 
     from tenfold.deploy.onnx import export
 
-    example = torch.zeros(1, images.channels, *images.size)
+    example = torch.zeros(1, *images.shape)
     with tempfile.TemporaryDirectory() as folder:
         written = export(model, folder, example, to=str(to))
         runtime, runner = _runner(written.path)
@@ -149,11 +151,11 @@ def _runner(path: Path) -> tuple[str, Any]:
 
 
 def _data(
-    data: ImageData | str | dict[str, Any] | None,
+    data: LabelledData | str | dict[str, Any] | None,
     known: dict[str, Any] | None = None,
     path: Path | None = None,
-) -> ImageData:
-    if isinstance(data, ImageData):
+) -> LabelledData:
+    if isinstance(data, LabelledData):
         return data
     if data is None:
         recipe = (known or {}).get("recipe") or {}
@@ -163,17 +165,16 @@ def _data(
     return create(data)
 
 
-def _evaluate(forward: Forward, images: ImageData, runtime: str, batch_size: int) -> Evaluation:
+def _evaluate(forward: Forward, images: LabelledData, runtime: str, batch_size: int) -> Evaluation:
     right, loss, count = 0, 0.0, 0
     for batch in images.test_loader(batch_size=batch_size):
         try:
-            logits = forward(images.normalize(batch["image"]))
+            logits = forward(images.normalize(batch[images.key]))
         except UserError:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"the model doesn't take the images of {images.name} "
-                f"({images.channels}x{images.size[0]}x{images.size[1]}): "
+                f"the model doesn't take {images.described} ({images.name}): "
                 f"{str(error).splitlines()[0]}"
             ) from error
         label = batch["label"]
@@ -185,4 +186,4 @@ def _evaluate(forward: Forward, images: ImageData, runtime: str, batch_size: int
         right += int((logits.argmax(dim=1) == label).sum())
         loss += float(functional.cross_entropy(logits, label, reduction="sum"))
         count += len(label)
-    return Evaluation(right / count, loss / count, count, images.name, runtime)
+    return Evaluation(right / count, loss / count, count, images.name, runtime, images.key)

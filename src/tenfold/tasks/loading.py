@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tenfold.data import ImageData, create
+from tenfold.data import LabelledData, create
 from tenfold.deploy import artifact
 from tenfold.errors import UserError
 from tenfold.imports import is_object_name
@@ -61,12 +61,13 @@ def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
     return found.model(fresh_network(recipe, create(recipe.data)))
 
 
-def fresh_network(recipe: Recipe, data: ImageData) -> nn.Module:
+def fresh_network(recipe: Recipe, data: LabelledData) -> nn.Module:
     """Build a recipe's network with fresh weights."""
     return models.build(
         recipe.model_name,
         num_classes=data.num_classes,
         channels=data.channels,
         size=data.size,
+        frames=data.frames,
         options=recipe.model_options,
     )[0]

@@ -92,8 +92,9 @@ class Recipe:
 
     Args:
         task: what to learn: classification.
-        data: digits, cifar10, cifar100, imagefolder:PATH, npz:PATH, hf:NAME; or a mapping of name,
-            path and options (size, limit, skip_bad, workers and more).
+        data: digits, cifar10, cifar100, motions, imagefolder:PATH, npz:PATH, hf:NAME, frames:PATH,
+            video:PATH, clips_npz:PATH; or a mapping of name, path and options (size, limit,
+            skip_bad, workers and more).
         model: timm/NAME, torchvision/NAME, resnet20 and so on, or file.py:function; or a mapping of
             name and the network's own arguments.
         init: where to start: pretrained, a run, an artifact, or a .safetensors or .pth file.

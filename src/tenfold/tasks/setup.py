@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import ImageData, create
+from tenfold.data import LabelledData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
 from tenfold.methods import LayerPlan, Method
@@ -29,7 +29,7 @@ class Experiment:
     """What a recipe names, made."""
 
     recipe: Recipe
-    data: ImageData
+    data: LabelledData
     model: nn.Module
     network: Network
     methods: list[Method]
@@ -37,8 +37,8 @@ class Experiment:
 
     @property
     def example(self) -> Tensor:
-        """One image of zeros, `(1, C, H, W)`."""
-        return torch.zeros(1, self.data.channels, *self.data.size)
+        """One image of zeros, `(1, C, H, W)`, or one clip, `(1, C, T, H, W)`."""
+        return torch.zeros(1, *self.data.shape)
 
     @property
     def label(self) -> str:
@@ -53,7 +53,7 @@ class Plan:
     Attributes:
         layers: one row a layer: name, type, shape, parameters, macs, kept, effective_macs,
             treatment, reason.
-        macs: multiply-adds of the dense network for one image.
+        macs: multiply-adds of the dense network for one image or clip.
         effective_macs: the same when zero weights are skipped; not a time.
         parameters: of the dense network.
         nonzero_parameters: those that will be left.
@@ -102,7 +102,7 @@ class Plan:
 def set_up(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: ImageData | None = None,
+    data: LabelledData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Make what a recipe names, and refuse what can't work before anything starts.
@@ -127,10 +127,11 @@ def set_up(
     methods = checked.make_methods()
     if data is None:
         data = create(checked.data)
-    elif not isinstance(data, ImageData):
+    elif not isinstance(data, LabelledData):
         raise UserError(
-            f"data is {type(data).__name__}: expected tenfold.data.ImageData, or leave it to the "
-            "recipe; with loaders of your own use the three lines of a method, or MethodCallback"
+            f"data is {type(data).__name__}: expected tenfold.data.ImageData or ClipData, or leave "
+            "it to the recipe; with loaders of your own use the three lines of a method, or "
+            "MethodCallback"
         )
     network = Network(None)
     with torch.random.fork_rng(devices=[]):
@@ -141,6 +142,7 @@ def set_up(
                 num_classes=data.num_classes,
                 channels=data.channels,
                 size=data.size,
+                frames=data.frames,
                 options=checked.model_options,
             )
     fresh = initialize(model, network, checked.init) if checked.init else []
@@ -153,7 +155,7 @@ def set_up(
 def plan(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: ImageData | None = None,
+    data: LabelledData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Say what a recipe will do to every layer, without training.
@@ -256,7 +258,7 @@ def _try_the_rest(experiment: Experiment) -> None:
 
 
 def _try_forward(experiment: Experiment) -> None:
-    """Run one image through the network, so that a wrong shape stops the run now."""
+    """Run one image or clip through the network, so that a wrong shape stops the run now."""
     model, data = experiment.model, experiment.data
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -268,8 +270,7 @@ def _try_forward(experiment: Experiment) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"model {experiment.recipe.model_name} doesn't take an image of "
-            f"{data.channels}x{data.size[0]}x{data.size[1]} ({data.name}): "
+            f"model {experiment.recipe.model_name} doesn't take {data.described} ({data.name}): "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     finally:
@@ -278,8 +279,8 @@ def _try_forward(experiment: Experiment) -> None:
     if not isinstance(logits, Tensor) or logits.shape != (1, data.num_classes):
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(
-            f"model {experiment.recipe.model_name} returns {given} for one image: expected logits "
-            f"of shape (1, {data.num_classes}), one per class of {data.name}"
+            f"model {experiment.recipe.model_name} returns {given} for one {data.key}: expected "
+            f"logits of shape (1, {data.num_classes}), one per class of {data.name}"
         )
 
 

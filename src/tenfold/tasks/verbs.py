@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import create, load_image, normalize
+from tenfold.data import create, load_clip, load_image, normalize
+from tenfold.data.preprocessing import Preprocessing
 from tenfold.deploy import artifact
 from tenfold.deploy.onnx import ExportResult, export
 from tenfold.errors import UserError
@@ -127,19 +128,20 @@ def bench_run(
 def predict(
     path: str | Path, files: Sequence[str | Path], *, top: int = 3, model: nn.Module | None = None
 ) -> list[Prediction]:
-    """Classify image files.
+    """Classify image files; or clips, where the network was trained on clips.
 
     Args:
         path: a run or an artifact.
-        files: images; EXIF rotation is applied, size and channels are brought to the network's.
+        files: images, brought upright and to the network's size and channels; or video files and
+            folders of frames, of which the middle is taken.
         top: classes to name.
         model: a fresh network, where the artifact names none.
 
     Raises:
-        UserError: no artifact, or a file that is no readable image; the file is named.
+        UserError: no artifact, or a file that can't be read; the file is named.
     """
     if not files:
-        raise UserError("predict needs at least one image file")
+        raise UserError("predict needs at least one file")
     folder, found = open_artifact(path)
     if found.preprocessing is None:
         raise UserError(
@@ -147,8 +149,9 @@ def predict(
         )
     network = found.model(model) if model is not None else model_of(folder, found)
     results = []
+    read = load_image if found.preprocessing.get("frames") is None else load_clip
     for file in files:
-        image = load_image(file, found.preprocessing)
+        image = read(file, found.preprocessing)
         with torch.inference_mode():
             logits: Tensor = network(normalize(image.unsqueeze(0), found.preprocessing))
         best = logits.softmax(dim=1)[0].topk(min(top, logits.shape[1]))
@@ -162,13 +165,12 @@ def predict(
 def example_of(found: artifact.Artifact) -> Tensor:
     """Return one input of zeros, of the size that the artifact names."""
     facts = found.preprocessing or {}
-    size = facts.get("size")
-    if not isinstance(size, list):
+    if not isinstance(facts.get("size"), list):
         raise UserError(
             f"{found.path} doesn't say the size of its input: use the verb in Python, with "
             "example_inputs"
         )
-    return torch.zeros(1, int(facts["channels"]), *size)
+    return torch.zeros(1, *Preprocessing.from_dict(facts).shape)
 
 
 def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
