@@ -103,7 +103,7 @@ def test_a_network_of_ones_own_and_layers_left_dense(tmp_path):
     kinds = {edit["module"]: edit["type"] for edit in structure["edits"]}
     assert kinds == {
         "1": "FoldedNorm", "4": "FoldedNorm", "0": "Bias", "3": "Bias",
-        "6": "NMConv2d", "11": "NMLinear",
+        "6": "NMConv2d", "11": "NMLinear", "": "Replaced",
     }  # fmt: skip
     with pytest.raises(UserError, match="network of your own code"):
         tenfold.load(path)

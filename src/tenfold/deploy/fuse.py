@@ -225,6 +225,7 @@ def _rewrite(
         module = unpooled(node.args[0]) if pool else None
         if module is not None and module.can_pool:
             module.pool = pool or NO_POOL
+            node.args[0].meta = dict(node.meta)  # its shape, for additions that follow
             note(node, pool=module.pool)
     graph.graph.lint()
     graph.recompile()

@@ -128,6 +128,7 @@ class _Form:
     replaced: Mapping[str, str] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
     difference: float | None = None
+    tiles: str | None = None  # the largest one of a 3-D convolution
 
 
 def _forms(
@@ -142,7 +143,8 @@ def _forms(
     norms = tuple(folded.folded)
     network, names = folded.model, frozenset[str]()
     for level in choices.levels:
-        packed = choices.modules(choices.options(level))
+        chosen = choices.options(level)
+        packed = choices.modules(chosen)
         if not packed:
             break
         network, names = _with_layers(folded.model, packed), frozenset(packed)
@@ -153,7 +155,9 @@ def _forms(
                 notes.append(f"layers are packed, but nothing is fused: no graph: {reason(error)}")
             else:
                 replaced = replace_dense(graph, inputs, choose)
-                yield _Form("packed", graph, names, epilogues, replaced, norms)
+                roughest = max(chosen.values(), key=lambda option: option.level, default=None)
+                tiles = "x".join(map(str, roughest.tile)) if roughest else None
+                yield _Form("packed", graph, names, epilogues, replaced, norms, tiles=tiles)
             unfuse(network)
     if names:
         yield _Form("packed", network, names, folded=norms)
@@ -212,6 +216,7 @@ class _Checks:
             if form.name == "as given":
                 return replace(form, difference=0.0)
             fused = f"{form.name} and fused" if form.epilogues else form.name
+            fused += f" in tiles of {form.tiles}" if form.tiles else ""
             try:
                 difference = self.difference(form.network)
             except UserError as error:

@@ -19,11 +19,8 @@ from tenfold.kernels.reference import channel_tile
 
 __all__ = [
     "Prepared",
-    "channels_first",
-    "channels_last",
     "conv2d",
     "differentiated",
-    "empty_in_large_pages",
     "extension",
     "fits",
     "instruction_set",
@@ -33,11 +30,9 @@ __all__ = [
     "prepare_conv2d",
     "prepare_linear",
     "usable",
-    "winograd_conv3d",
 ]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
-_AXES, _SHORT = {2: 0, 4: 1}, 2  # kinds of axes, see csrc/winograd.h
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -246,88 +241,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def winograd_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    columns: Sequence[int],
-    outputs: int,
-    tile: Sequence[int],
-    padding: Sequence[int],
-    points: tuple[float, float],
-    activation: str,
-    pool: Sequence[int],
-    short: Sequence[bool],
-) -> Tensor:
-    """See `tenfold.kernels.winograd.conv3d`; x lies channels-last, and so does the result."""
-    batch, channels, *size = x.shape
-    full = [length + 2 * p - 2 for length, p in zip(size, padding, strict=True)]
-    if not x.is_contiguous(memory_format=torch.channels_last_3d) or weight.dtype != torch.float32:
-        raise UserError(
-            f"the kernel takes channels-last inputs and float32 weights: these are {weight.dtype}"
-        )
-    if add is not None and tuple(add.shape) == (batch, outputs, *full):
-        add = channels_last(add)
-    y = _empty_channels_last(
-        batch, outputs, *(length // window for length, window in zip(full, pool, strict=True))
-    )
-    kinds = [_SHORT if s else _AXES[m] for m, s in zip(tile, short, strict=True)]
-    _module.winograd3d(
-        x.data_ptr(), weight.contiguous().data_ptr(), _pointer("bias", bias, (outputs,)),
-        _pointer("add", add, (batch, outputs, *full), last=True), y.data_ptr(), [*columns],
-        [batch, channels, outputs, *size, *full, *padding, *kinds, *pool], *points,
-        _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Return `(N, C, D, H, W)` in channels-last order; itself where it is that already."""
-    if x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x
-    if not x.is_contiguous() or x.dtype != torch.float32:
-        return x.contiguous(memory_format=torch.channels_last_3d)
-    batch, channels, *size = x.shape
-    y = _empty_channels_last(batch, channels, *size)
-    _transpose(x, y, batch, channels, math.prod(size))
-    return y
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """Return a channels-last `(N, C, D, H, W)` in contiguous order."""
-    batch, channels, *size = x.shape
-    y = torch.empty(x.shape)
-    _transpose(x, y, batch, math.prod(size), channels)
-    return y
-
-
-def empty_in_large_pages(*shape: int) -> Tensor:
-    """Return an unfilled float32 tensor that the system may put into large pages.
-
-    Weights of hundreds of megabytes are read front to back: small pages halve that speed.
-    """
-    y = torch.empty(shape)
-    if _module is not None:
-        _module.large_pages(y.data_ptr(), y.nbytes)
-    return y
-
-
-def _empty_channels_last(*shape: int) -> Tensor:
-    return torch.empty(shape, memory_format=torch.channels_last_3d)
-
-
-def _transpose(x: Tensor, y: Tensor, batch: int, rows: int, columns: int) -> None:
-    _module.transpose(x.data_ptr(), y.data_ptr(), batch, rows, columns, torch.get_num_threads())
-
-
-def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int], last: bool = False) -> int:
+def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:
     """Return the address of a tensor that the kernel reads as float32 of that shape."""
     if tensor is None:
         return 0
-    layout = torch.channels_last_3d if last else torch.contiguous_format
-    ordered = tensor.is_contiguous(memory_format=layout)
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not ordered:
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
         raise UserError(
             f"{name} has type {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
             f"torch.float32 and {tuple(shape)}"

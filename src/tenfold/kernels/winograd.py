@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tenfold.errors import UserError
-from tenfold.kernels import native, winograd_reference
+from tenfold.kernels import native, native3d, winograd_reference
 from tenfold.kernels.reference import ACTIVATIONS
 from tenfold.kernels.winograd_transforms import POINTS, transforms
 
@@ -104,7 +104,7 @@ def pack(values: Tensor) -> Tensor:
 
 def empty_packed(columns: int, outputs: int, channels: int) -> Tensor:
     """Return an unfilled packed weight."""
-    return native.empty_in_large_pages(columns, -(-outputs // PANELS), channels, PANELS)
+    return native3d.empty_in_large_pages(columns, -(-outputs // PANELS), channels, PANELS)
 
 
 def unpack(weight: Tensor, outputs: int) -> Tensor:
@@ -189,11 +189,11 @@ def _native(
     found = kernel_points(points, tile)
     assert found is not None
     as_before = not channels_last and not _lies_last(x)
-    y = native.winograd_conv3d(
-        native.channels_last(x), weight, bias, add, columns, outputs, tile, padding, found,
+    y = native3d.winograd_conv3d(
+        native3d.channels_last(x), weight, bias, add, columns, outputs, tile, padding, found,
         activation, pool, short,
     )  # fmt: skip
-    return native.channels_first(y) if as_before else y
+    return native3d.channels_first(y) if as_before else y
 
 
 def _reference(
@@ -268,7 +268,7 @@ def _(
         (size + 2 * p - 2) // window
         for size, p, window in zip(x.shape[2:], padding, pool, strict=True)
     ]
-    y = x.new_empty(len(x), outputs, *sizes)
+    y = x.new_empty(x.shape[0], outputs, *sizes)
     last = channels_last or _lies_last(x)
     return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
 

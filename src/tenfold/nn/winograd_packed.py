@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tenfold.errors import UserError
+from tenfold.errors import UserError, unknown_name
 from tenfold.kernels import winograd
 from tenfold.kernels.reference import ACTIVATIONS
-from tenfold.kernels.winograd_transforms import tile_of
+from tenfold.kernels.winograd_domain import domain_of
+from tenfold.kernels.winograd_transforms import POINTS, tile_of
 from tenfold.nn.kernel_layer import KernelLayer, finish
 from tenfold.nn.winograd import DEFAULT_POINTS, WinogradConv3d
 from tenfold.nn.winograd_fit import refuse_unconvertible, zero_padding
@@ -85,10 +86,14 @@ class PackedWinogradConv3d(KernelLayer):
         self.tile, self.points = tile_of(tile), points
         self.padding = (int(padding[0]), int(padding[1]), int(padding[2]))
         self.short = (bool(short[0]), bool(short[1]), bool(short[2]))
+        if points not in POINTS:
+            raise unknown_name("set of points", str(points), POINTS)
         if winograd.kernel_points(points, self.tile) is None:
             raise UserError(f"points={points!r}: the kernel takes pairs of points, a and -a")
         if any(self.short) and columns is not None:
             raise UserError("short axes need all columns: give columns=None")
+        if columns is not None:
+            domain_of(self.tile, points, tuple(columns))  # refuses what doesn't fit
         self.of_kernel = columns is None
         most = math.prod(winograd.coordinates(self.tile, self.short))
         self.columns = tuple(range(most) if columns is None else (int(j) for j in columns))
@@ -110,14 +115,19 @@ class PackedWinogradConv3d(KernelLayer):
         short: Sequence[bool] = NO_SHORT,
         bias: bool | None = None,
     ) -> Self:
-        """Return an unfilled layer of the sizes of another one."""
-        padding = zero_padding(layer) if isinstance(layer, nn.Conv3d) else layer.padding
+        """Return an unfilled layer of the sizes of another one.
+
+        Raises:
+            UserError: the layer can't be computed so.
+        """
+        if isinstance(layer, nn.Conv3d):
+            refuse_unconvertible(layer)
         return cls(
             layer.in_channels,
             layer.out_channels,
             tile,
             columns,
-            padding=padding,
+            padding=zero_padding(layer) if isinstance(layer, nn.Conv3d) else layer.padding,
             points=points,
             short=short,
             bias=layer.bias is not None if bias is None else bias,
