@@ -255,4 +255,4 @@ def test_an_optimized_model_starts_no_training(saved):
 
 
 def test_the_edits_are_a_closed_list():
-    assert edits.EDITS == ("FoldedNorm", "Bias", "NMConv2d", "NMLinear")
+    assert edits.EDITS == ("FoldedNorm", "Bias", "NMConv2d", "NMLinear", "WinogradConv3d")
