@@ -221,6 +221,25 @@ def nm_costs() -> str:
     )
 
 
+def nm_profile() -> str:
+    if not (RESULTS / "nm_profile.json").is_file():
+        return "*Not measured yet: `python benchmarks/nm_profile.py`.*"
+    found = load("nm_profile")
+    rows = []
+    for name, title in GOALS.items():
+        for pattern, result in found.get(name, {}).items():
+            kinds = result["kinds"]
+            times = [
+                f"{kinds[kind]['ms']:.1f} ms" if kind in kinds else ""
+                for kind in ("packed layers", "dense layers", "attention", "all else")
+            ]
+            bound = f"{result['bound_ms']:.1f} ms"
+            rows.append([title, pattern, f"{result['ms']:.1f} ms", *times, bound])
+            title = ""
+    header = ["", "", "whole", "packed layers", "dense layers", "attention", "all else", "bound"]
+    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': found['kernels'] + ' kernels, 1'})}"
+
+
 def nm_origin(found: dict[str, Any]) -> str:
     return origin({**found, "threads": f"{found['kernels']} kernels, 1 and 2"})
 
@@ -274,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nm_engine": nm_engine,
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
+    "nm_profile": nm_profile,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,
