@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from torch import Tensor, nn
 
 import tenfold
 from common import RESULTS, save
+from contenders import compare
 from tenfold.kernels import native
-from tenfold.measure.engines import RUNTIMES, OnnxFiles, prepare
 from tenfold.measure.timing import interleave, paired_ratio
 from tenfold.nn import models
 
@@ -69,61 +68,6 @@ def build(name: str) -> nn.Module:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model.eval()
-
-
-def dense_calls(
-    model: nn.Module, x: Tensor, threads: int, folder: Path
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Return the dense model in every engine, and why some are missing.
-
-    Exporting takes long, and the file is for any batch size: `folder` keeps it for later cells.
-    """
-    calls: dict[str, Callable[[], object]] = {}
-    skipped: dict[str, str] = {}
-    folder.mkdir(exist_ok=True)
-    kept = list(folder.glob("*.onnx"))
-    files = OnnxFiles({"dense": model}, (x,), {"dense": kept[0]} if kept else {}, folder)
-    for runtime in RUNTIMES:
-        for prepared in prepare(runtime, {"dense": model}, [(x,)], threads, files):
-            if "dense" in prepared.calls:
-                calls[prepared.runtime] = prepared.calls["dense"]
-            else:
-                skipped[prepared.runtime] = prepared.skipped["dense"]
-    return calls, skipped
-
-
-def compare(
-    model: nn.Module,
-    sparse: Mapping[str, nn.Module],
-    x: Tensor,
-    threads: int,
-    seconds: float,
-    folder: Path,
-) -> dict[str, Any]:
-    """Time the dense model in every engine and the sparse ones, all in turn."""
-    torch.set_num_threads(threads)
-    with torch.inference_mode():
-        calls, skipped = dense_calls(model, x, threads, folder)
-        dense = list(calls)
-        for name, fast in sparse.items():
-            calls[name] = lambda fast=fast: fast(x)
-        samples = interleave(calls, seconds * len(calls))
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    best = min(dense, key=medians.__getitem__)
-    return {
-        "best_dense": best,
-        "dense_ms": {name: round(medians[name], 4) for name in dense},
-        "skipped": skipped,
-        "sparse": {
-            name: {
-                "ms": round(medians[name], 4),
-                "speedup": round((ratio := paired_ratio(samples[best], samples[name])).median, 3),
-                "low": round(ratio.low, 3),
-                "high": round(ratio.high, 3),
-            }
-            for name in sparse
-        },
-    }
 
 
 def conv_shapes(model: nn.Module, x: Tensor) -> Counter[tuple[Any, ...]]:

@@ -1,3 +1,4 @@
 #define TENFOLD_ISA avx2
 #include "attention.inc"
+#include "normalize.inc"
 #include "pooling.inc"

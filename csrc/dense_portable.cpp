@@ -1,3 +1,4 @@
 #define TENFOLD_ISA portable
 #include "attention.inc"
+#include "normalize.inc"
 #include "pooling.inc"

@@ -11,6 +11,7 @@
 #include "layout.h"
 #include "memory.h"
 #include "nm.h"
+#include "normalize.h"
 #include "pooling.h"
 #include "winograd.h"
 
@@ -20,6 +21,7 @@ namespace {
 
 using tenfold::Attention;
 using tenfold::Conv2d;
+using tenfold::LayerNorm;
 using tenfold::Linear;
 using tenfold::MaxPool2d;
 using tenfold::MeanPool;
@@ -34,6 +36,7 @@ struct Kernels {
   bool (*attention)(const Attention&);
   bool (*max_pool2d)(const MaxPool2d&);
   void (*mean_pool)(const MeanPool&);
+  void (*layer_norm)(const LayerNorm&);
   double (*peak)(bool);
   bool (*winograd3d)(const Winograd3d&);
   void (*transpose)(const Transpose&);
@@ -41,8 +44,8 @@ struct Kernels {
 #define TENFOLD_KERNELS(isa)                                                            \
   {                                                                                     \
     tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::attention,          \
-        tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::peak,          \
-        tenfold::isa::winograd3d, tenfold::isa::transpose                               \
+        tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::layer_norm,    \
+        tenfold::isa::peak, tenfold::isa::winograd3d, tenfold::isa::transpose           \
   }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
@@ -265,6 +268,14 @@ void mean_pool(Address x, Address out, long planes, long pixels, int threads) {
                      pixels, threads});
 }
 
+void layer_norm(Address x, Address weight, Address bias, Address out, long rows, long features,
+                float epsilon, int threads) {
+  nb::gil_scoped_release release;
+  kernels.layer_norm({reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight),
+                      reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(out), rows,
+                      features, epsilon, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -281,5 +292,6 @@ NB_MODULE(_kernels, m) {
   m.def("attention", attention);
   m.def("max_pool2d", max_pool2d);
   m.def("mean_pool", mean_pool);
+  m.def("layer_norm", layer_norm);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

@@ -58,7 +58,7 @@ def test_plain_attention_alone_is_replaced(options, replaced):
     assert found == ({"scaled_dot_product_attention": "attention"} if replaced else {})
     assert (attention in [node.target for node in graph.graph.nodes]) == replaced
     if not options.get("dropout_p"):
-        assert relative(graph(x), network(x)) < 1e-5
+        assert relative(graph(x).detach(), network(x).detach()) < 1e-5
 
 
 class Pool(nn.Module):
@@ -149,6 +149,45 @@ def test_means_are_replaced(code, replaced):
     assert relative(fast(y), network(y)) < 1e-5
 
 
+class Norm(nn.Module):
+    def __init__(self, code, **options):
+        super().__init__()
+        self.first = pruned(nn.Linear(8, 12), (2, 4))
+        self.norm = nn.LayerNorm(12, **options)
+        for parameter in self.norm.parameters():
+            nn.init.normal_(parameter)
+        self.code = code
+
+    def forward(self, x):
+        return self.code(self, self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "replaced"),
+    [
+        (lambda net, x: net.norm(x), {}, 1),
+        (lambda net, x: net.norm(x), {"bias": False, "eps": 1e-3}, 1),
+        (lambda net, x: net.norm(x), {"elementwise_affine": False}, 1),
+        (lambda net, x: F.layer_norm(x, (12,)), {}, 1),
+        (lambda net, x: F.layer_norm(x, [12], net.norm.weight, net.norm.bias, 0.1), {}, 1),
+        (lambda net, x: F.layer_norm(x, [12], bias=net.norm.bias), {}, 1),
+        (lambda net, x: net.norm(net.norm(x)), {}, 2),
+        (lambda net, x: F.layer_norm(x, (5, 12)), {}, 0),
+        (lambda net, x: F.layer_norm(x, (12,), net.norm.weight * 2), {}, 0),
+    ],
+)
+def test_norms_are_replaced(code, options, replaced, tmp_path):
+    network, x = Norm(code, **options).eval(), torch.randn(2, 5, 8)
+    fast = tenfold.optimize(network, x, choose="packed")
+    assert fast.plan.replaced == ({"layer_norm": replaced} if replaced else {})
+    y = torch.randn(3, 5, 8)
+    assert relative(fast(y), network(y)) < 1e-5
+    assert set(fast.network.state_dict()) >= {f"norm.{k}" for k in network.norm.state_dict()}
+    again = tenfold.load(tenfold.save(fast, tmp_path / "fast"), Norm(code, **options))
+    assert again.plan == fast.plan
+    assert torch.equal(again(y), fast(y))
+
+
 def transformer():
     import timm
 
@@ -164,7 +203,10 @@ def residual():
 
 @pytest.mark.parametrize(
     ("make", "replaced"),
-    [(transformer, {"attention": 2}), (residual, {"relu and max_pool2d": 1, "mean_pool": 1})],
+    [
+        (transformer, {"layer_norm": 5, "attention": 2}),
+        (residual, {"relu and max_pool2d": 1, "mean_pool": 1}),
+    ],
 )
 def test_saved_and_loaded(make, replaced, tmp_path):
     network = pruned(make().eval(), (2, 4))

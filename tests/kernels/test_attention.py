@@ -204,6 +204,7 @@ COMPARE = """
 import torch
 from tenfold.kernels import native
 from tenfold.kernels.attention import attention
+from tenfold.kernels.normalize import layer_norm
 from tenfold.kernels.pooling import max_pool2d, mean_pool
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -217,6 +218,7 @@ for stride in (1, 2, 3):
         y = max_pool2d(x, (kernel, kernel), (stride, stride), (1, 1))
         total += float(y.double().abs().sum())
 total += float(mean_pool(x).double().abs().sum())
+total += float(layer_norm(x, torch.randn(37)).double().abs().sum())
 print(native.instruction_set(), total)
 """
 

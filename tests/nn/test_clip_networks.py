@@ -107,9 +107,9 @@ def test_c3d_is_built_for_the_data_and_again_from_its_artifact() -> None:
     assert network.arguments["frames"] == 4
     clip = torch.zeros(2, 1, 4, 16, 24)
     assert model(clip).shape == models.rebuild(network)(clip).shape == (2, 3)
-    _digits, kept = models.build("digitnet", num_classes=3, size=(8, 8))
+    _, kept = models.build("digitnet", num_classes=3, size=(8, 8))
     assert kept.arguments == {"num_classes": 3, "channels": 3}
-    _given, network = models.build(
+    _, network = models.build(
         "c3d",
         num_classes=3,
         size=(16, 16),

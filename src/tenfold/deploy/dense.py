@@ -1,4 +1,4 @@
-"""Hand attention and pooling of a fused graph to kernels of ours, where that is faster here.
+"""Hand attention, norms and pooling of a fused graph to kernels of ours, where that is faster here.
 
 Nodes go by their names in the graph: the same network, traced again, has the same ones. That is how
 a saved model finds them.
@@ -7,7 +7,7 @@ a saved model finds them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from tenfold.deploy.choose import LAYER_SECONDS
 from tenfold.kernels import native
 from tenfold.kernels.attention import attention
+from tenfold.kernels.normalize import layer_norm
 from tenfold.kernels.pooling import max_pool2d, mean_pool
 from tenfold.measure.timing import interleave
 
@@ -33,6 +34,7 @@ class _Match:
     call: Callable[..., Tensor]
     inputs: tuple[fx.Node, ...]
     options: tuple[Any, ...]
+    parameters: tuple[str | None, ...] = ()  # between both, by their names in the graph
 
     @property
     def name(self) -> str:
@@ -41,7 +43,7 @@ class _Match:
 
 
 def replace_dense(graph: fx.GraphModule, inputs: tuple[Tensor, ...], choose: str) -> dict[str, str]:
-    """Replace attention and pooling of a graph in place.
+    """Replace attention, norms and pooling of a graph in place.
 
     Args:
         graph: as `fuse` returns it, with the shapes of its nodes.
@@ -86,7 +88,10 @@ def replace_named(graph: fx.GraphModule, nodes: Mapping[str, str]) -> bool:
 
 def _matches(graph: fx.GraphModule) -> list[_Match]:
     found = (
-        _attention(node) or _max_pool(node, graph) or _mean_pool(node, graph)
+        _attention(node)
+        or _layer_norm(node, graph)
+        or _max_pool(node, graph)
+        or _mean_pool(node, graph)
         for node in graph.graph.nodes
     )
     return [match for match in found if match is not None]
@@ -105,6 +110,34 @@ def _attention(node: fx.Node) -> _Match | None:
         return None
     inputs = tuple(each for each in qkv if isinstance(each, fx.Node))
     return _Match("attention", (node,), attention, inputs, (scale,)) if len(inputs) == 3 else None
+
+
+def _layer_norm(node: fx.Node, graph: fx.GraphModule) -> _Match | None:
+    names = ("normalized_shape", "weight", "bias", "eps")
+    given: dict[str, Any]
+    parameters: list[str | None]
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        if type(module) is not nn.LayerNorm:
+            return None
+        given = {name: getattr(module, name) for name in names} | _arguments(node, "input")
+        both = ("weight", "bias")
+        parameters = [f"{node.target}.{name}" if given[name] is not None else None for name in both]
+    elif node.op == "call_function" and node.target is F.layer_norm:
+        given = {"weight": None, "bias": None, "eps": 1e-5, **_arguments(node, "input", *names)}
+        parameters = []
+        for each in (given["weight"], given["bias"]):
+            if each is not None and not (isinstance(each, fx.Node) and each.op == "get_attr"):
+                return None
+            parameters.append(None if each is None else str(each.target))
+    else:
+        return None
+    x, shape, epsilon = given["input"], given["normalized_shape"], given["eps"]
+    if not isinstance(x, fx.Node) or not isinstance(epsilon, float):
+        return None
+    if not isinstance(shape, tuple | list) or [type(size) for size in shape] != [int]:
+        return None
+    return _Match("layer_norm", (node,), layer_norm, (x,), (epsilon,), tuple(parameters))
 
 
 def _max_pool(node: fx.Node, graph: fx.GraphModule) -> _Match | None:
@@ -176,7 +209,7 @@ def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Shape and strides of a float32 tensor of four axes on the example."""
+    """Shape and strides of a float32 tensor on the example."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -184,13 +217,17 @@ class _Layout:
 
 def _layout(node: fx.Node) -> _Layout | None:
     meta: Any = node.meta.get("tensor_meta")
-    if getattr(meta, "dtype", None) != torch.float32 or len(meta.shape) != 4:
+    if getattr(meta, "dtype", None) != torch.float32:
         return None
     return _Layout(tuple(meta.shape), tuple(meta.stride))
 
 
 def _fits(kind: str, layouts: list[_Layout]) -> bool:
     shape = layouts[0].shape
+    if kind == "layer_norm":
+        return True
+    if len(shape) != 4:
+        return False
     if kind == "attention":
         others = [layout.shape for layout in layouts[1:]]
         return all(other == (*shape[:2], others[0][2], shape[3]) for other in others)
@@ -212,24 +249,38 @@ def _alone(graph: fx.GraphModule, match: _Match, ours: bool) -> fx.GraphModule:
     alone = fx.Graph()
     placed = [alone.placeholder(f"x{position}") for position in range(len(match.inputs))]
     if ours:
-        result = alone.call_function(match.call, (*placed, *match.options))
+        result = _call(alone, match, placed)
     else:
         copies = dict(zip(match.inputs, placed, strict=True))
+        for read in match.nodes[0].all_input_nodes:
+            if read.op == "get_attr":
+                copies[read] = alone.node_copy(read)
         for node in match.nodes:
             result = copies[node] = alone.node_copy(node, copies.__getitem__)
     alone.output(result)
     return fx.GraphModule(graph, alone)
 
 
+def _call(graph: fx.Graph, match: _Match, inputs: Sequence[fx.Node]) -> fx.Node:
+    parameters = [None if name is None else graph.get_attr(name) for name in match.parameters]
+    return graph.call_function(match.call, (*inputs, *parameters, *match.options))
+
+
 def _replace(graph: fx.GraphModule, matches: list[_Match]) -> dict[str, str]:
+    now: dict[fx.Node, fx.Node] = {}  # an input may have been replaced itself
     for match in matches:
         last = match.nodes[-1]
         with graph.graph.inserting_before(last):
-            ours = graph.graph.call_function(match.call, (*match.inputs, *match.options))
+            inputs = [now.get(node, node) for node in match.inputs]
+            ours = now[last] = _call(graph.graph, match, inputs)
         ours.meta = dict(last.meta)
         last.replace_all_uses_with(ours)
+        read = last.all_input_nodes
         for node in reversed(match.nodes):
             graph.graph.erase_node(node)
+        for node in read:
+            if node.op == "get_attr" and not node.users:
+                graph.graph.erase_node(node)
     graph.graph.lint()
     graph.recompile()
     return {match.name: match.kind for match in matches}
