@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -19,7 +20,7 @@ from tenfold.data.sampler import EpochSampler
 from tenfold.data.split import Split, cpu_count
 from tenfold.data.transforms import Augmentation, BatchTransform
 
-__all__ = ["Batch", "FittedImages", "ImageLoader", "make_loader"]
+__all__ = ["Batch", "FittedImages", "ImageLoader", "Mixing", "make_loader"]
 
 Batch = dict[str, Tensor]
 
@@ -72,6 +73,22 @@ class FittedImages:
         return self.facts.fit(self.images.image(index))
 
 
+class Mixing(Protocol):
+    """What changes training images while they are loaded; loader processes get it too."""
+
+    def replaced(self, ids: Tensor, images: Tensor) -> Tensor:
+        """Return what stands in place of fitted images `(B, C, H, W)`, ahead of augmentation."""
+        ...
+
+    def blended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return positions in a batch that get another image's view, whose, and how much of it."""
+        ...
+
+    def blend(self, images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+        """Return augmented images `(L, C, H, W)` with their partners' views mixed in."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Failure:
     """A bad image's way out of a worker: DataLoader would wrap an exception in a traceback."""
@@ -84,10 +101,18 @@ class _Batches(Dataset[Any]):
     """Make a batch from the keys `epoch * n + id` of `EpochSampler`."""
 
     def __init__(
-        self, split: Split, fitted: FittedImages, augmentation: Augmentation | None, seed: int
+        self,
+        split: Split,
+        fitted: FittedImages,
+        augmentation: Augmentation | None,
+        seed: int,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> None:
         self.split = split
         self.fitted = fitted
+        self.mixing = mixing
+        self.views = views
         self.labels = split.labels
         self.transform = BatchTransform(
             augmentation or Augmentation("none"), fitted.facts.size, seed
@@ -109,13 +134,28 @@ class _Batches(Dataset[Any]):
     def _batch(self, keys: list[int]) -> Batch:
         epochs, ids = np.divmod(np.array(keys, dtype=np.int64), len(self))
         chosen = torch.from_numpy(ids)
-        images = self.transform(
+        images = self._images(epochs, chosen)
+        if self.mixing is not None:
+            at, partners, shares = self.mixing.blended(chosen)
+            if len(at):
+                others = self._images(epochs[at.numpy()], partners)
+                images[at] = self.mixing.blend(images[at], others, shares)
+        batch = {"image": images, "label": self.labels[chosen], "id": chosen}
+        if self.views:
+            batch["view"] = torch.from_numpy(self.transform.views(epochs, ids))
+        return batch
+
+    def _images(self, epochs: NDArray[np.int64], ids: Tensor) -> Tensor:
+        def fitted() -> Tensor:
+            images = self.fitted.batch(ids)
+            return images if self.mixing is None else self.mixing.replaced(ids, images)
+
+        return self.transform(
             epochs,
-            ids,
+            ids.numpy(),
             stored=lambda number: self.split.images.image(int(ids[number])),
-            fitted=lambda: self.fitted.batch(chosen),
+            fitted=fitted,
         )
-        return {"image": images, "label": self.labels[chosen], "id": chosen}
 
 
 class ImageLoader(DataLoader[Any]):
@@ -148,6 +188,8 @@ def make_loader(
     rank: int,
     world_size: int,
     workers: int | None,
+    mixing: Mixing | None = None,
+    views: bool = False,
 ) -> ImageLoader:
     """Make the loader of one split; without an augmentation it is one for evaluation.
 
@@ -161,7 +203,7 @@ def make_loader(
         # Seconds, which forked workers then don't each spend again.
         import torchvision.transforms.v2  # noqa: F401
     return ImageLoader(
-        _Batches(split, fitted, augmentation, seed),
+        _Batches(split, fitted, augmentation, seed, mixing, views),
         batch_size=batch_size,
         sampler=EpochSampler(
             len(split.images), seed, augmentation is not None, rank, world_size, split.ids

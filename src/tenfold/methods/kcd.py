@@ -133,6 +133,7 @@ class KCD(Method):
     stage: ClassVar[Stage] = Stage.LOSS
     replaces_loss: ClassVar[bool] = True
     needs_ids: ClassVar[bool] = True
+    needs_every_sample: ClassVar[bool] = True
 
     teacher: str | dict[str, Any] | nn.Module
     keep_ratio: float = 0.7

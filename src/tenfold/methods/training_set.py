@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -61,6 +61,8 @@ class TrainingSet:
 
 class Requests:
     """What a method may ask for beside the network; nothing by default. The base of `Method`."""
+
+    needs_every_sample: ClassVar[bool] = False
 
     def networks(self) -> dict[str, Any]:
         """Return further networks that the method needs: by role, what the recipe says of them."""

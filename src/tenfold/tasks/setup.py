@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from tenfold.data import ImageData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
-from tenfold.methods import LayerPlan, Method
+from tenfold.methods import LayerPlan, Method, TrainingSet
 from tenfold.methods.schedule import Schedule
 from tenfold.nn import models
 from tenfold.nn.models import Network
+from tenfold.tasks.classification import mixing_of
 from tenfold.tasks.optimization import epoch_sizes, make_optimizer
+from tenfold.tasks.other_networks import OtherNetwork, open_network
 from tenfold.tasks.recipe import Recipe, load_recipe
 from tenfold.tasks.starting_point import initialize
 
@@ -34,6 +36,7 @@ class Experiment:
     network: Network
     methods: list[Method]
     fresh: list[str]  # parameters that `init` had nothing for
+    others: list[OtherNetwork] = field(default_factory=list)  # that methods asked for
 
     @property
     def example(self) -> Tensor:
@@ -146,6 +149,7 @@ def set_up(
     fresh = initialize(model, network, checked.init) if checked.init else []
     experiment = Experiment(checked, data, model, network, methods, fresh)
     _try_forward(experiment)
+    _prepare(experiment)
     _try_the_rest(experiment)
     return experiment
 
@@ -182,6 +186,7 @@ def make_plan(experiment: Experiment) -> Plan:
         notes.append(f"init        {shown} start fresh: the given weights don't have them")
     for skipped in experiment.data.skipped[:3]:
         notes.append(f"data        left out: {skipped}")
+    notes += [f"{other.key:<12}{other.role}: {other.origin}" for other in experiment.others]
     if not experiment.methods:
         notes.append("methods     none: the network stays dense")
     return Plan(rows, cost.macs, cost.macs - saved, cost.parameters, cost.parameters - gone, notes)
@@ -234,6 +239,50 @@ def layer_rows(
             }
         )
     return rows
+
+
+def _prepare(experiment: Experiment) -> None:
+    """Give methods the networks that they ask for, and have them look at network and data."""
+    recipe, data = experiment.recipe, experiment.data
+    for method in experiment.methods:
+        for role, given in method.networks().items():
+            other = open_network(method.key(), role, given, recipe, data)
+            method.use_network(role, other.network)
+            experiment.others.append(other)
+        if type(method).prepare is not Method.prepare:
+            try:
+                method.prepare(experiment.model, training_set(experiment), recipe.train.epochs)
+            except UserError as error:
+                raise UserError(f"methods.{method.key()}: {error}") from error
+    mixing_of(experiment.methods)
+    limit = recipe.trainer.get("limit_train_batches")
+    seeing_all = next((m.key() for m in experiment.methods if m.needs_every_sample), None)
+    if seeing_all is not None and limit not in (None, 1.0):
+        raise UserError(
+            f"trainer.limit_train_batches {limit} leaves images that are never seen, and "
+            f"{seeing_all} ranks them all: use data.limit"
+        )
+
+
+def training_set(experiment: Experiment) -> TrainingSet:
+    """Describe the run's training images for methods.
+
+    Raises:
+        UserError: they are a stream.
+    """
+    data, augment = experiment.data, experiment.recipe.train.augment
+    size = len(data.train)
+    return TrainingSet(
+        name=data.name,
+        size=size,
+        ids=data.train_ids,
+        labels=data.train.labels,
+        example=experiment.example,
+        num_classes=data.num_classes,
+        stored=None if data.crops_stored_images(augment) else data.train_images,
+        views=data.train_views(augment),
+        augment=augment,
+    )
 
 
 def _try_the_rest(experiment: Experiment) -> None:
