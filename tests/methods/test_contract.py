@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Kind, Method, find, in_order, registry
@@ -18,7 +19,18 @@ from tests.made_up import Focal, Gain, Hermit, OtherLoss
 pytestmark = pytest.mark.unit
 
 # How to make each registered method; a new one fails `test_every_method_has_a_sample` until added.
-SAMPLES = {"lbc": {"n": 2, "m": 4}}
+SAMPLES = {
+    "lbc": {"n": 2, "m": 4},
+    "kcd": {
+        "teacher": nn.Linear(8, 4).eval().requires_grad_(False),
+        "stages": 2,
+        "augment_max": 0.0,
+    },
+}
+# What `attach` takes in place of a number of steps.
+ATTACHED = {
+    "kcd": {"dataset": TensorDataset(torch.randn(24, 8), torch.arange(24) % 4), "epochs": 2},
+}
 
 
 def network() -> nn.Sequential:
@@ -93,7 +105,7 @@ class TestEveryMethod:
 
     def test_state_survives_weights_only_loading(self, key, tmp_path):
         method = self.make(key)
-        method.attach(network(), total_steps=6)
+        method.attach(network(), **ATTACHED.get(key, {"total_steps": 6}))
         torch.save(method.state_dict(), tmp_path / "state")
         method.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
 
