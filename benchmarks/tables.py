@@ -123,6 +123,96 @@ def accuracy_table(name: str, command: str) -> str:
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
 
+def kcd_accuracy() -> str:
+    return kcd_table("kcd", "python benchmarks/kcd.py")
+
+
+def kcd_accuracy_medium() -> str:
+    return kcd_table("kcd_medium", "python benchmarks/kcd.py --medium")
+
+
+def kcd_accuracy_gpu() -> str:
+    return kcd_table("kcd_gpu", "python benchmarks/kcd.py --full")
+
+
+def kcd_table(name: str, command: str) -> str:
+    """Accuracy of each method, and its difference to the others that it must be held against."""
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `{command}`.*"
+    found = load(name)
+    rows = []
+    for method, entry in found["comparison"].get("accuracy", {}).items():
+        kind, _, ratio = method.partition(" ")
+        passes = [entry["forwards"][seed] for seed in entry["forwards"]]
+        deviation = (
+            "" if entry["accuracy"]["sd"] is None else f" ± {100 * entry['accuracy']['sd']:.2f}"
+        )
+        minus = entry["minus"]
+        rows.append(
+            [
+                f"{KCD_LABELS[kind]}{f', {ratio} kept' if ratio else ''}",
+                f"{100 * entry['accuracy']['mean']:.2f} %{deviation}",
+                _difference(minus.get("kd")) if kind != "student" else "",
+                _difference(minus.get(f"random {ratio}")) if kind == "kcd" else "",
+                _passes(passes, "student"),
+                _passes(passes, "teacher"),
+                f"{entry['seconds']['mean']:.0f} s",
+            ]
+        )
+    header = ["method", "accuracy ± sd", "minus KD", "minus random"]
+    header += ["student's passes", "teacher's passes", "training"]
+    settings, teacher = found["settings"], found["teacher"]
+    images = f"{settings['images']:,}" if settings["images"] else "all"
+    tested = next(iter(found["runs"].values()))["test_images"]
+    note = (
+        f"{settings['teacher']} ({100 * teacher['accuracy']:.2f} %) teaches "
+        f"{settings['student']} on {images} images, {settings['epochs']} epochs, batch {settings['batch_size']}, tested on "
+        f"{tested:,}. Differences are in points, paired by seed, with their 95 % interval."
+    )
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
+
+
+def kcd_time() -> str:
+    return kcd_time_table("kcd", "python benchmarks/kcd.py")
+
+
+def kcd_time_medium() -> str:
+    return kcd_time_table("kcd_medium", "python benchmarks/kcd.py --medium")
+
+
+def kcd_time_table(name: str, command: str) -> str:
+    """What condensation saves where the teacher answers every batch: counted, and by the clock."""
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `{command}`.*"
+    found = load(name)
+    entries = found["comparison"].get("time", {})
+    if not entries:
+        return f"*Not measured yet: `{command} --parts time`.*"
+    plain = entries.get("kd")
+    rows = []
+    for method, entry in entries.items():
+        passes = [entry["forwards"][seed] for seed in entry["forwards"]]
+        counted = ""
+        if plain is not None and method != "kd":
+            theirs = sum(p["student"] + p["teacher"] for p in plain["forwards"].values())
+            ours = sum(p["student"] + p["teacher"] for p in passes)
+            counted = f"{1 - ours / len(passes) / (theirs / len(plain['forwards'])):.1%}"
+        rows.append(
+            [
+                f"{KCD_LABELS[method.partition(' ')[0]]} {method.partition(' ')[2]}".strip(),
+                _passes(passes, "student"),
+                _passes(passes, "teacher"),
+                counted,
+                f"{entry['seconds']['mean']:.1f} s",
+                _share(entry.get("time_saved")),
+                _share(entry.get("cpu_saved")),
+            ]
+        )
+    header = ["method", "student's passes", "teacher's passes", "fewer passes", "training"]
+    header += ["less time", "less CPU time"]
+    return f"{markdown(header, rows)}\n\n{origin(found)}"
+
+
 def folder_startup() -> str:
     found = load("folder_startup")
     titles = {
@@ -260,6 +350,12 @@ def bench_table(name: str) -> str:
     return f"{markdown(header, rows)}\n{skipped}\n{origin(found)}"
 
 
+KCD_LABELS = {
+    "student": "student alone",
+    "kd": "KD, all samples",
+    "kcd": "KCD",
+    "random": "random dropping",
+}
 LABELS = {
     "dense": "dense",
     "magnitude": "magnitude",
@@ -271,6 +367,11 @@ LABELS = {
 TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy": lbc_accuracy,
     "lbc_accuracy_gpu": lbc_accuracy_gpu,
+    "kcd_accuracy": kcd_accuracy,
+    "kcd_accuracy_medium": kcd_accuracy_medium,
+    "kcd_accuracy_gpu": kcd_accuracy_gpu,
+    "kcd_time": kcd_time,
+    "kcd_time_medium": kcd_time_medium,
     "nm_engine": nm_engine,
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
@@ -320,6 +421,19 @@ def _difference(found: dict[str, Any] | None) -> str:
         return f"{100 * found['mean']:+.2f}, {found['verdict']}"
     low, high = 100 * found["low"], 100 * found["high"]
     return f"{100 * found['mean']:+.2f} ({low:+.2f} to {high:+.2f}), {found['verdict']}"
+
+
+def _passes(passes: list[dict[str, int]], network: str) -> str:
+    counts = {entry[network] for entry in passes}
+    return f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+
+
+def _share(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{found['mean']:.1%}, one seed"
+    return f"{found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
 def _percent(ratio: float) -> str:

@@ -23,7 +23,7 @@ from tenfold.tasks.other_networks import OtherNetwork, open_network
 from tenfold.tasks.recipe import Recipe, load_recipe
 from tenfold.tasks.starting_point import initialize
 
-__all__ = ["Experiment", "Plan", "plan", "set_up"]
+__all__ = ["Experiment", "Plan", "plan", "set_up", "training_set"]
 
 
 @dataclass
@@ -251,7 +251,8 @@ def _prepare(experiment: Experiment) -> None:
             experiment.others.append(other)
         if type(method).prepare is not Method.prepare:
             try:
-                method.prepare(experiment.model, training_set(experiment), recipe.train.epochs)
+                images = training_set(data, recipe.train.augment)
+                method.prepare(experiment.model, images, recipe.train.epochs)
             except UserError as error:
                 raise UserError(f"methods.{method.key()}: {error}") from error
     mixing_of(experiment.methods)
@@ -264,20 +265,18 @@ def _prepare(experiment: Experiment) -> None:
         )
 
 
-def training_set(experiment: Experiment) -> TrainingSet:
-    """Describe the run's training images for methods.
+def training_set(data: ImageData, augment: str = "auto") -> TrainingSet:
+    """Describe training images for methods.
 
     Raises:
         UserError: they are a stream.
     """
-    data, augment = experiment.data, experiment.recipe.train.augment
-    size = len(data.train)
     return TrainingSet(
         name=data.name,
-        size=size,
+        size=len(data.train),
         ids=data.train_ids,
         labels=data.train.labels,
-        example=experiment.example,
+        example=torch.zeros(1, data.channels, *data.size),
         num_classes=data.num_classes,
         stored=None if data.crops_stored_images(augment) else data.train_images,
         views=data.train_views(augment),
