@@ -166,8 +166,9 @@ def kcd_table(name: str, command: str) -> str:
     tested = next(iter(found["runs"].values()))["test_images"]
     note = (
         f"{settings['teacher']} ({100 * teacher['accuracy']:.2f} %) teaches "
-        f"{settings['student']} on {images} images, {settings['epochs']} epochs, batch {settings['batch_size']}, tested on "
-        f"{tested:,}. Differences are in points, paired by seed, with their 95 % interval."
+        f"{settings['student']} on {images} images, {settings['epochs']} epochs, batch "
+        f"{settings['batch_size']}, tested on {tested:,}. Differences are in points, paired by "
+        "seed, with their 95 % interval."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 

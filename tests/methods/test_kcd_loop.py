@@ -360,6 +360,17 @@ def test_an_evaluation_in_between_leaves_no_features_behind():
         kcd.loss(image, label, ids, logits=torch.zeros(8, CLASSES))
 
 
+def test_without_gradients_nothing_is_noted():
+    kcd = make()
+    start(kcd)
+    image, label, ids = next(iter(DataLoader(kcd.dataset, 8, sampler=kcd.sampler)))
+    with torch.no_grad():
+        kcd.loss(image, label, ids)
+    assert kcd.forwards["student"] == 0
+    kcd.loss(image, label, ids)
+    assert kcd.forwards["student"] == 8
+
+
 # -- the cache ------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ class Distillation:
         views: Tensor | None,
         criterion: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Return the loss of a batch, and note what the samples are worth.
+        """Return the loss of a batch; with gradients on, note what the samples are worth.
 
         Args:
             logits: the student's, `(B, C)`.
@@ -99,10 +99,13 @@ class Distillation:
                 teacher's.
         """
         check_logits(logits)
-        self._new["student"] += len(logits)
+        training = torch.is_grad_enabled()
+        if training:
+            self._new["student"] += len(logits)
         with torch.autocast(logits.device.type, enabled=False):
             logits = at_least_float32(logits)
-            self._record(logits, ids)
+            if training:
+                self._record(logits, ids)
             parts = []
             if self.weights.label:
                 parts.append(self.weights.label * criterion(logits, labels))

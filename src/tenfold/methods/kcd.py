@@ -335,6 +335,8 @@ class KCD(Method):
     ) -> Tensor:
         """Run both networks on a batch and return its loss.
 
+        With gradients on, it notes what the samples are worth, and counts the forward passes.
+
         Args:
             images: as the networks take them, `(B, ...)`.
             labels: `(B,)`.
@@ -348,16 +350,27 @@ class KCD(Method):
             UserError: ids that can't be, or logits that are not finite; their ids are named.
         """
         model = self._attached_model()
+        ids = check_ids(ids, len(images), self._work_of().knowledge.data.size)
+        if logits is None:
+            logits = model(images)
+        return self._loss(logits, images, labels, ids, views, criterion)
+
+    def _loss(
+        self,
+        logits: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        views: Tensor | None,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         work = self._work_of()
-        ids = check_ids(ids, len(images), work.knowledge.data.size)
         if self.teacher_cache != "off":
             if work.cache is None:
                 assert self._prepared is not None
                 work.cache = self._prepared.cache(self, goes_on=self._resumed)
             if views is None and work.knowledge.data.views == 1:
                 views = torch.zeros_like(ids)
-        if logits is None:
-            logits = model(images)
         return work.loss(logits, images, labels, ids, views, criterion)
 
     def training_loss(
@@ -367,15 +380,11 @@ class KCD(Method):
         criterion: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """Return the batch's loss; see the contract."""
-        image = batch["image"]
-        return self.loss(
-            image,
-            batch["label"],
-            batch["id"],
-            logits=model(image),
-            views=batch.get("view"),
-            criterion=criterion,
-        )
+        image, ids = batch["image"], batch["id"]
+        if ids.device.type == "cpu":  # elsewhere looking at them would stop the device
+            ids = check_ids(ids, len(image), self._work_of().knowledge.data.size)
+        logits = model(image)
+        return self._loss(logits, image, batch["label"], ids, batch.get("view"), criterion)
 
     # -- time -----------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Classification(pl.LightningModule):
         self.num_classes = num_classes
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
-        self.methods = list(methods)
+        self.methods = _Uncopied(methods)
         self.normalize = normalize
         self.seed = seed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
@@ -239,6 +239,13 @@ class ImageDataModule(pl.LightningDataModule):
         return self.data.test_loader(
             batch_size=self.recipe.batch_size, rank=rank, world_size=world_size
         )
+
+
+class _Uncopied(list[Method]):
+    """Methods that a copy of the module (a running average of it) shares, with all they hold."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
+        return self
 
 
 def mixing_of(methods: Sequence[Method]) -> Mixing | None:
