@@ -237,7 +237,8 @@ class Method:
             )
         model = self.on_finalize(model)
         for name in self._owned:
-            delattr(model, name)
+            if name in model._modules:  # else `on_finalize` has replaced the model itself
+                delattr(model, name)
         self._owned.clear()
         if self._remove_hook is not None:
             self._remove_hook()

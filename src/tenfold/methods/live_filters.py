@@ -1,0 +1,271 @@
+"""Leave out of the backward pass what its result would not need: filters without a live weight.
+
+A weight is inert in a step when its gradient is zero whatever the loss: it is frozen with its code,
+clipped by the bounds (where a clipped weight has no part in their gradients either), or masked out.
+A filter of inert weights alone drops out of the product that makes the weight's gradient, exactly:
+all other gradients are as before. A layer whose weights are all frozen computes none.
+
+Clipped weights may come back by weight decay or moving bounds, so the filters are looked through
+after every step, and again whenever weight, bounds or frozen set have been changed since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tenfold.methods.freezing import WeightQuantizer
+from tenfold.methods.pieces import row_pieces, rows_of
+
+__all__ = ["LiveForward", "LiveProduct", "Survey", "survey"]
+
+# Below this share of filters without a live weight, gathering the others costs what it saves.
+LEAST_DEAD = 0.3
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How things stand with the filters of one layer.
+
+    Attributes:
+        live: `(O,)` bool, the filter has a weight that isn't inert.
+        frozen: `(O,)` int32, how many of its weights are frozen and not masked out.
+        free: `(O,)` int32, how many are neither frozen nor masked out.
+    """
+
+    live: Tensor
+    frozen: Tensor
+    free: Tensor
+
+
+@torch.no_grad()
+def survey(weight: Tensor, quantizer: WeightQuantizer, mask: Tensor | None = None) -> Survey:
+    """Look through the filters of a layer.
+
+    Args:
+        weight: `(O, ...)`, latent.
+        quantizer: its own.
+        mask: of its shape, zero where the weight is masked out.
+    """
+    lower, upper = quantizer.bounds.values[quantizer.row, :2]
+    assert quantizer.frozen is not None
+    live = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    frozen, free = (torch.zeros_like(live, dtype=torch.int32) for _ in range(2))
+    given = [weight, quantizer.frozen, *([] if mask is None else [mask])]
+    for place, (w, stuck, *masked) in row_pieces(*(rows_of(m, weight) for m in given)):
+        open_ = ~stuck
+        if masked:
+            kept = masked[0] != 0
+            open_.logical_and_(kept)
+            stuck = stuck & kept
+        frozen[place] = stuck.sum(dim=1, dtype=torch.int32)
+        free[place] = open_.sum(dim=1, dtype=torch.int32)
+        if not quantizer.rescale:  # with rescale, clipped weights have a part in du and dl
+            v = (w - lower).div_(upper - lower)  # compared as in the quantizer's backward
+            open_.logical_and_(v >= 0).logical_and_(v <= 1)
+        live[place] = open_.any(dim=1)
+    return Survey(live, frozen, free)
+
+
+class LiveForward:
+    """Stands in for a layer's `forward`, computes the same, and saves work in the backward pass.
+
+    It is put on the layer itself, `layer.forward`, and taken away by `remove`.
+
+    Attributes:
+        saving: whether work is to be saved.
+        macs: multiply-adds of the layer for one sample, known after the first forward pass.
+        live: indices of the filters that need a gradient; None: all are computed.
+        whole: every weight is frozen or masked out, for good.
+    """
+
+    def __init__(self, layer: nn.Module, quantizer: WeightQuantizer, saving: bool):
+        self.layer, self.quantizer, self.saving = layer, quantizer, saving
+        self.macs = 0
+        self.live: Tensor | None = None
+        self.whole = False
+        self._seen: tuple[int, ...] | None = None
+        self._flags: Tensor | None = None
+        layer.forward = self
+
+    def remove(self) -> None:
+        """Give the layer its own `forward` back."""
+        del self.layer.forward
+
+    @property
+    def weight(self) -> Tensor:
+        """The latent weight."""
+        chain: Any = self.layer.parametrizations
+        latent: Tensor = chain["weight"].original
+        return latent
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that follows the quantizer, if one does."""
+        chain: Any = self.layer.parametrizations
+        for one in chain["weight"]:
+            mask = getattr(one, "mask", None)
+            if isinstance(mask, Tensor):
+                return mask
+        return None
+
+    def survey(self) -> Survey:
+        """Look through the filters."""
+        return survey(self.weight.detach(), self.quantizer, self.mask)
+
+    def choose(self, live: Tensor, free: int) -> None:
+        """Choose the filters that need a gradient in the next step.
+
+        Args:
+            live: flags `(O,)` on the CPU.
+            free: how many weights are neither frozen nor masked out.
+        """
+        self.whole = free == 0
+        self._seen = self._versions()
+        if self._flags is not None and torch.equal(live, self._flags):
+            return
+        self._flags = live
+        found = live.nonzero().flatten()
+        few = len(found) <= (1 - LEAST_DEAD) * len(live) and self._in_rows()
+        self.live = found.to(self.weight.device) if few or len(found) == 0 else None
+
+    def _versions(self) -> tuple[int, ...]:
+        tensors = [self.weight, self.quantizer.frozen, self.mask]
+        if not self.whole:  # frozen codes don't depend on the bounds, which go on moving
+            tensors.append(self.quantizer.bounds.values)
+        return tuple(tensor._version for tensor in tensors if tensor is not None)
+
+    def _in_rows(self) -> bool:
+        layer: Any = self.layer
+        return isinstance(layer, nn.Linear) or (
+            layer.groups == 1 and not isinstance(layer.padding, str)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the layer's own `forward` does."""
+        live = None
+        if self.saving and self.quantizer.any_frozen and torch.is_grad_enabled():
+            if self._versions() != self._seen:  # a checkpoint was loaded, say
+                found = self.survey()
+                self.choose(found.live.cpu(), int(found.free.sum()))
+            live = self.live
+        out = self._plain(x) if live is None else self._saving(x, live)
+        if not self.macs:
+            weight = self.weight
+            self.macs = out[0].numel() * weight[0].numel() if len(out) else 0
+        return out
+
+    def _plain(self, x: Tensor) -> Tensor:
+        result: Tensor = type(self.layer).forward(self.layer, x)
+        return result
+
+    def _saving(self, x: Tensor, live: Tensor) -> Tensor:
+        layer: Any = self.layer
+        # Under DDP every parameter must get a gradient: there it is zeros, which cost no product.
+        self.quantizer.constant = self.whole and not _distributed()
+        try:
+            weight, bias = layer.weight, layer.bias
+        finally:
+            self.quantizer.constant = False
+        linear = isinstance(layer, nn.Linear)
+        if not weight.requires_grad or (not linear and isinstance(layer.padding, str)):
+            # Autograd leaves the product out by itself, or can't be told how to do less of it.
+            if linear:
+                return nn.functional.linear(x, weight, bias)
+            convolved: Tensor = layer._conv_forward(x, weight, bias)
+            return convolved
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        how = None if linear else (layer.stride, layer.padding, layer.dilation, layer.groups)
+        result: Tensor = LiveProduct.apply(x, weight, bias, live, how)
+        return result
+
+
+class LiveProduct(torch.autograd.Function):
+    """A convolution or linear layer that computes the weight's gradient for some filters alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor, conv: Any
+    ) -> Tensor:
+        """Return the layer's output.
+
+        Args:
+            ctx: of autograd.
+            x: the input.
+            weight: `(O, ...)`.
+            bias: `(O,)` or None.
+            live: indices of the filters that need a gradient.
+            conv: stride, padding, dilation and groups; None for a linear layer.
+        """
+        # Without a live filter nothing of the input is needed afterwards.
+        ctx.save_for_backward(x if len(live) else None, weight, live)
+        ctx.conv, ctx.x_shape, ctx.has_bias = conv, x.shape, bias is not None
+        if conv is None:
+            return nn.functional.linear(x, weight, bias)
+        stride, padding, dilation, groups = conv
+        zeros = [0] * len(stride)
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, weight (zeros in filters without a live weight), bias."""
+        x, weight, live = ctx.saved_tensors
+        (gradient,) = gradients
+        backward = _linear_backward if ctx.conv is None else _conv_backward
+        to_x, of_live = backward(ctx, gradient, x, weight, live)
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = torch.zeros_like(weight)
+            if of_live is not None:
+                to_weight[live] = of_live
+        to_bias = None
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            axis = -1 if ctx.conv is None else 1
+            to_bias = gradient.sum(
+                dim=[d for d in range(gradient.dim()) if d != axis % gradient.dim()]
+            )
+        return to_x, to_weight, to_bias, None, None
+
+
+def _linear_backward(
+    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    to_x = gradient @ weight if ctx.needs_input_grad[0] else None
+    if x is None or not ctx.needs_input_grad[1]:
+        return to_x, None
+    chosen = gradient.index_select(-1, live).flatten(0, -2)
+    return to_x, chosen.T @ x.flatten(0, -2)
+
+
+def _conv_backward(
+    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = ctx.conv
+    zeros = [0] * len(stride)
+
+    def backward(g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward(
+            g, x, w, None, stride, padding, dilation, False, zeros, groups, mask
+        )
+
+    to_x = of_live = None
+    if ctx.needs_input_grad[0]:
+        shaped = gradient.new_empty(1).expand(ctx.x_shape) if x is None else x
+        to_x = backward(gradient, shaped, weight, [True, False, False])[0]
+    if x is not None and ctx.needs_input_grad[1]:
+        chosen = gradient.index_select(1, live)
+        of_live = backward(chosen, x, weight[live], [False, True, False])[1]
+    return to_x, of_live
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
