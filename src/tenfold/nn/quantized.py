@@ -219,6 +219,13 @@ class _QuantizedConv(QuantizedLayer):
         )
         return result
 
+    def over_ones(self, ones: Tensor, weight: Tensor) -> Tensor:
+        """Convolve `(1, 1, ...)` with a weight of one input channel, without groups."""
+        result: Tensor = type(self).function(
+            ones, weight, None, self.stride, self.padding, self.dilation, 1
+        )
+        return result
+
     def beside(self, values: Tensor) -> Tensor:
         """Return the values with an axis of length 1 behind them for each axis of the kernel."""
         return values.reshape(-1, *[1] * (len(self.shape) - 2))
@@ -317,7 +324,8 @@ def unpack_codes(
     elif pattern is not None:
         kept = numel // pattern[1] * pattern[0]
     dtype = torch.int16 if bits == 8 else torch.int8
-    values = (unpack_bits(codes, bits, kept).to(torch.int16) * 2 - (2**bits - 1)).to(dtype)
+    found = unpack_bits(codes, bits, kept).to(torch.int16)
+    values: Tensor = (found * 2 - (2**bits - 1)).to(dtype)
     if pattern is not None and index is not None:
         dense: Tensor = unpack_nm(values, index, *pattern, shape)
         return dense
