@@ -226,7 +226,8 @@ def step(given: argparse.Namespace, settings: Settings, results: Results, clock:
             return False
         for each in (Run(0), run):
             if not (folder / f"{each.name}-done.pt").is_file():
-                done = train(each, settings, data, folder, clock, tuple(moments.values()))
+                keep = () if each.method == "float" else tuple(moments.values())
+                done = train(each, settings, data, folder, clock, keep, test=False)
                 if done is None:
                     return False
                 torch.save({}, folder / f"{each.name}-done.pt")

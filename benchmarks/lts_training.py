@@ -173,6 +173,7 @@ def train(
     folder: Path,
     clock: Clock,
     keep: tuple[int, ...] = (),
+    test: bool = True,
 ) -> dict[str, Any] | None:
     """Train and evaluate one run, from its last checkpoint if there is one.
 
@@ -183,6 +184,7 @@ def train(
         folder: for checkpoints, of these settings alone.
         clock: when to stop.
         keep: epochs after which a checkpoint is kept as `<run>-epoch<number>.pt`.
+        test: evaluate at the end.
 
     Returns:
         Accuracy on all held-out images, and what freezing saved; None when the time was up first,
@@ -221,15 +223,14 @@ def train(
             "backward_by_work": method.savings.backward_by_work,
         }
         model = method.finalize(model)
-    found = evaluate(model, data)
-    return {
-        **result,
-        "accuracy": round(found.accuracy, 6),
-        "loss": round(found.loss, 6),
-        "test_images": found.images,
-        "seconds": round(training.seconds, 1),
-        "curve": training.curve,
-    }
+    if test:
+        found = evaluate(model, data)
+        result |= {
+            "accuracy": round(found.accuracy, 6),
+            "loss": round(found.loss, 6),
+            "test_images": found.images,
+        }
+    return {**result, "seconds": round(training.seconds, 1), "curve": training.curve}
 
 
 def write(state: Any, path: Path) -> None:
