@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tenfold.errors import StateError, UserError
 from tenfold.methods import LTS
-from tenfold.methods.freezing import WeightQuantizer, default_momentum, freeze_threshold
+from tenfold.methods.freezing import WeightQuantizer
+from tenfold.methods.freezing_schedule import default_momentum, freeze_threshold
 from tenfold.methods.quantizers import Bounds, quantize_input, quantize_weight
 from tenfold.methods.savings import Savings
 

@@ -77,6 +77,7 @@ class Method:
 
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
+    wants_trained_start: ClassVar[bool] = False  # whether a run without `init` is worth a warning
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     conflicts: ClassVar[frozenset[str]] = frozenset()
     replaces_loss: ClassVar[bool] = False
@@ -342,6 +343,12 @@ class Method:
 
     def on_step(self) -> None:
         """Act after the update; `steps_done` already counts it."""
+
+    def on_wrapped(self, wrapper: nn.Module) -> None:
+        """Take note of the DistributedDataParallel that wraps the model, where there is one.
+
+        An engine calls it ahead of the first step; in a loop of your own call it after wrapping.
+        """
 
     def on_finalize(self, model: nn.Module) -> nn.Module:
         """Take the training form away and return the model."""

@@ -4,16 +4,14 @@ In iteration n (from 0), with v, q, L as in `quantizers` and D = |v - q / (L - 1
 
     n <= 1:  d = D
     n >  1:  d = beta d + (1 - beta) D;  where q has changed:  d = 1 / (L - 1), one level spacing
-    n >  W:  freeze where d <= rho(n) / (L - 1);  x = (n - W) / (T - W);
-             rho = constant | linear: x | sine: sin(pi x / 2)
+    n >  W:  freeze where d <= rho(n) / (L - 1), with W and rho as in `freezing_schedule`
 
-W is the last iteration of the warm-up, T the length of the run. A frozen weight stays frozen, with
-the value that it had in the forward pass of the iteration in which it froze.
+A frozen weight stays frozen, with the value that it had in the forward pass of the iteration in
+which it froze.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,43 +20,7 @@ from torch import Tensor, nn
 from tenfold.methods.pieces import row_pieces, rows_of
 from tenfold.methods.quantizers import Bounds, QuantizeWeight, codes
 
-__all__ = ["WeightQuantizer", "default_momentum", "freeze_threshold"]
-
-# Where a run is long enough, a weight that has stopped changing its level may freeze after this
-# share of the run when the threshold stands at half a level spacing.
-_DWELL = 0.01
-_MOST_MOMENTUM = 0.99
-
-
-def freeze_threshold(threshold: str | float, x: float) -> float:
-    """Return rho, the distance in level spacings up to which weights freeze.
-
-    Args:
-        threshold: "linear", "sine", or a constant.
-        x: share of the time after the warm-up that is over, 0 to 1; more counts as 1.
-
-    >>> [round(freeze_threshold("sine", x), 5) for x in (0.25, 0.5, 1.0)]
-    [0.38268, 0.70711, 1.0]
-    """
-    x = min(1.0, max(0.0, x))
-    if threshold == "linear":
-        return x
-    if threshold == "sine":
-        return math.sin(math.pi * x / 2)
-    return float(threshold)
-
-
-def default_momentum(total_steps: int) -> float:
-    """Return the momentum beta of the distance for a run of so many steps.
-
-    After a level change, d falls from one level spacing by the factor beta a step, so that it takes
-    ln(rho) / ln(beta) steps to pass a threshold of rho. Short runs need less momentum than the
-    paper's 0.99, or nothing would freeze in time.
-
-    >>> round(default_momentum(100_000), 4), round(default_momentum(1_000), 4)
-    (0.99, 0.933)
-    """
-    return min(_MOST_MOMENTUM, math.pow(0.5, 1 / max(1.0, _DWELL * total_steps)))
+__all__ = ["WeightQuantizer"]
 
 
 class WeightQuantizer(nn.Module):

@@ -98,10 +98,10 @@ class LiveForward:
         del self.layer.forward
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> nn.Parameter:
         """The latent weight."""
         chain: Any = self.layer.parametrizations
-        latent: Tensor = chain["weight"].original
+        latent: nn.Parameter = chain["weight"].original
         return latent
 
     @property

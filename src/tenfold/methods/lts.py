@@ -29,38 +29,27 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import UserError
 from tenfold.methods.base import Kind, LayerPlan, Method, Stage
-from tenfold.methods.freezing import WeightQuantizer, default_momentum, freeze_threshold
-from tenfold.methods.layers import Layer, choose_layers, edge_layers
-from tenfold.methods.live_filters import LiveForward
-from tenfold.methods.measured_saving import MeasuredSaving, measure_saving
+from tenfold.methods.freezing_schedule import (
+    FreezingSchedule,
+    default_momentum,
+    freeze_threshold,
+    warmup_steps,
+)
+from tenfold.methods.frozen_reduction import leave_out_of_reduction
+from tenfold.methods.layers import choose_layers, edge_layers
+from tenfold.methods.measured_saving import Example, MeasuredSaving, measure_saving, some_loss
 from tenfold.methods.norms import before_norm
-from tenfold.methods.quantizers import Bounds, InputQuantizer, quantize_input, quantize_weight
+from tenfold.methods.quantizers import Bounds, quantize_input, quantize_weight
 from tenfold.methods.ranks import check_agreement
 from tenfold.methods.savings import Savings
 from tenfold.methods.schedule import Schedule, check_time
-from tenfold.nn.quantized import quantized_like
+from tenfold.methods.treated_layers import TreatedLayer, misfit, weight_of
 
 __all__ = ["LTS", "default_momentum", "freeze_threshold", "quantize_input", "quantize_weight"]
-
-WARMUP = 0.2  # of the run, as the paper's 80 of 400 and 20 of 100 epochs
-
-
-@dataclass
-class _Treated:
-    """What training holds of one layer."""
-
-    name: str
-    layer: nn.Module
-    quantizer: WeightQuantizer
-    forward: LiveForward
-    hook: Any
-    kept: Tensor | None = None  # weights ahead of the update, while one is under way
-    covered: bool = False  # whether freezing is done: nothing is left to freeze
 
 
 @dataclass(kw_only=True, eq=False)
@@ -155,13 +144,13 @@ class LTS(Method):
                 "save_backward=True with pin='latent': the bounds' gradients need the gradient of "
                 "every weight then; expected pin='code'"
             )
-        self._layers: list[_Treated] = []
-        self._start: int | None = None  # W, once freezing may begin
+        self._layers: list[TreatedLayer] = []
         self._updates = 0
         self._updated_in: int | None = None
+        self._alone = False  # a copy whose steps are timed: no other rank does the same
         self._rate = 1.0
         self._first_rate: float | None = None
-        self._warned = False
+        self._example = Example()
 
     @property
     def freezes(self) -> bool:
@@ -173,7 +162,7 @@ class LTS(Method):
     def plan(self, model: nn.Module) -> list[LayerPlan]:
         """List the layers that are quantized with their bits, and the others with the reason."""
         plans = choose_layers(
-            model, "quantized", _misfit, self.include, self.exclude, everywhere=True
+            model, "quantized", misfit, self.include, self.exclude, everywhere=True
         )
         edges = edge_layers(model)
         return [
@@ -185,65 +174,45 @@ class LTS(Method):
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Refuse a warm-up that leaves no time to freeze anything."""
-        self._warmup_steps(schedule)
+        warmup_steps(self.warmup, schedule)
 
     def _bits_of(self, name: str, edges: set[str]) -> int:
         return int(self.first_last) if self.first_last != "same" and name in edges else self.bits
-
-    def _warmup_steps(self, schedule: Schedule) -> int:
-        """Return W, the iterations in which nothing freezes."""
-        warmup = WARMUP if self.warmup is None else self.warmup
-        steps = round(warmup * schedule.total_steps)
-        if isinstance(warmup, int) and warmup > 0:
-            if schedule.epochs is None:
-                raise UserError(
-                    f"warmup={warmup} counts epochs, and this loop has none: give "
-                    "steps_per_epoch=…, or a share of the run such as 0.2"
-                )
-            if warmup >= schedule.epochs:
-                raise UserError(
-                    f"warmup={warmup}: expected less than the {schedule.epochs} epochs of the "
-                    "run, or a share such as 0.2"
-                )
-            steps = schedule.epoch_ends[warmup - 1]
-        return min(steps, schedule.total_steps - 1)
 
     # -- the contract -------------------------------------------------------------------------
 
     def on_attach(self, model: nn.Module) -> nn.Module:
         """Give every chosen layer its quantizers; it computes in floats until calibrated."""
         assert self.schedule is not None
-        self._warmup = self._warmup_steps(self.schedule)
         total = self.schedule.total_steps
+        warmup = warmup_steps(self.warmup, self.schedule)
+        self._freezing = FreezingSchedule(self.threshold, warmup, total)
         self._beta = default_momentum(total) if self.momentum is None else self.momentum
         names = [one.name for one in self.plan(model) if one.treatment]
         edges = edge_layers(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        bounds = Bounds(names, _weight_of(model.get_submodule(names[0])).detach())
+        bounds = Bounds(names, weight_of(model.get_submodule(names[0])).detach())
         self._bounds = bounds
         self._optimizer = torch.optim.Adam(bounds.parameters(), lr=self.bounds_lr)
         self.own(bounds, self._optimizer)
         saving = self.pin == "code" if self.save_backward is None else self.save_backward
         rescaled = {name: self._rescales(model, name) for name in names}
-        for row, name in enumerate(names):
-            layer = model.get_submodule(name)
-            levels = 2 ** self._bits_of(name, edges)
-            quantizer = WeightQuantizer(
-                _weight_of(layer).detach(),
+        self._layers = [
+            TreatedLayer(
+                name,
+                model.get_submodule(name),
                 bounds,
                 row,
-                levels,
+                2 ** self._bits_of(name, edges),
                 rescale=rescaled[name],
                 pin_code=self.pin == "code",
                 freezes=self.freezes,
                 freeze_clipped=self.freeze_clipped,
+                saving=saving,
             )
-            parametrize.register_parametrization(layer, "weight", quantizer)
-            forward = LiveForward(layer, quantizer, saving)
-            hook = layer.register_forward_pre_hook(
-                InputQuantizer(bounds, row, levels, rescaled[name])
-            )
-            self._layers.append(_Treated(name, layer, quantizer, forward, hook))
+            for row, name in enumerate(names)
+        ]
+        self._example.watch(model)
         parameters = sum(p.numel() for p in trained) + bounds.values.numel()
         self.savings = Savings(parameters)
         return model
@@ -295,58 +264,21 @@ class LTS(Method):
                 self._update()
         for treated in self._layers:
             if treated.forward.saving and treated.forward.whole:
-                weight = treated.forward.weight
+                weight = treated.weight
                 weight.grad = None  # an optimizer passes over it then: no decay, no momentum
                 optimizer.state.pop(weight, None)
 
     def _update(self) -> None:
-        n = self.steps_done
-        limit = self._threshold(n)
+        masks_final = all(treated.masks_final for treated in self._layers)
+        rho = self._freezing.at(self.steps_done, masks_final)
         momentum = self._beta if self._updates > 1 else None
         self._updates += 1
         for treated in self._layers:
-            if treated.covered or not self._bounds.known[treated.quantizer.row]:
-                continue
-            weight = treated.forward.weight.detach()
-            if limit is not None and treated.kept is None:
-                treated.kept = torch.empty_like(weight)
-            spacing = 1 / (treated.quantizer.levels - 1)
-            treated.quantizer.update(
-                weight,
-                weight if treated.kept is None else treated.kept,
-                momentum=momentum,
-                limit=None if limit is None else limit * spacing,
-            )
-
-    def _threshold(self, n: int) -> float | None:
-        """Return rho in iteration n, or None as long as nothing freezes."""
-        assert self.schedule is not None
-        total = self.schedule.total_steps
-        if n >= total and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"step {n + 1} of {total}: LTS was attached for fewer steps; the threshold stays "
-                "at its last value",
-                stacklevel=2,
-            )
-        if self._start is None:
-            if n <= self._warmup or not self._masks_final():
-                return None
-            # Later than planned where a mask took its time.
-            self._start = self._warmup if n == self._warmup + 1 else n - 1
-        share = (n - self._start) / max(1, total - self._start)
-        return freeze_threshold(self.threshold, share)
-
-    def _masks_final(self) -> bool:
-        for treated in self._layers:
-            chain: Any = treated.layer.parametrizations
-            if not all(getattr(one, "final", True) for one in chain["weight"]):
-                return False
-        return True
+            treated.update(momentum, rho)
 
     def _follow_rate(self, optimizer: Optimizer) -> None:
         """Note by what factor the weights' learning rate stands to that at the start."""
-        mine = {id(treated.forward.weight) for treated in self._layers}
+        mine = {id(treated.weight) for treated in self._layers}
         for group in optimizer.param_groups:
             if any(id(p) in mine for p in group["params"]):
                 if self._first_rate is None:
@@ -362,7 +294,7 @@ class LTS(Method):
             values.grad = None
             return
         if values.grad is not None:
-            held = [t.quantizer.row for t in self._layers if t.forward.whole]
+            held = [t.row for t in self._layers if t.forward.whole]
             before = values.detach()[held].clone()
             self._optimizer.param_groups[0]["lr"] = self.bounds_lr * self._rate
             self._optimizer.step()
@@ -371,8 +303,7 @@ class LTS(Method):
             values.grad = None
         self._bounds.check()
         for treated in self._layers:
-            if treated.kept is not None and not treated.covered:
-                treated.quantizer.restore(treated.forward.weight.detach(), treated.kept)
+            treated.restore()
         self._look_through()
 
     def _look_through(self) -> None:
@@ -388,33 +319,37 @@ class LTS(Method):
                 treated.forward.choose(rows[0].bool(), free)
                 self.savings.frozen[treated.name] = int(rows[1].sum())
                 if treated.forward.saving and free == 0:  # no optimizer touches it from now on
-                    treated.covered, treated.kept = True, None
-        self.savings.count(
-            {t.name: (t.forward.macs, t.forward.weight.numel()) for t in self._layers}
-        )
+                    treated.cover()
+        self.savings.count({t.name: (t.forward.macs, t.weight.numel()) for t in self._layers})
 
     def on_epoch_start(self, epoch: int) -> None:
         """Compare what is frozen over all ranks."""
-        if self._start is not None:
+        if self._freezing.start is not None:
             self._check_ranks(f"the frozen weights at step {self.steps_done}")
 
     def _check_ranks(self, what: str) -> None:
+        if self._alone:
+            return
         frozen = {t.name: t.quantizer.frozen for t in self._layers}
         check_agreement(what, {name: one for name, one in frozen.items() if one is not None})
 
+    def on_wrapped(self, wrapper: nn.Module) -> None:
+        """Have layers that are frozen whole left out of what DistributedDataParallel sums up."""
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            leave_out_of_reduction(wrapper, [t.forward for t in self._layers])
+
     def on_finalize(self, model: nn.Module) -> nn.Module:
         """Put layers with integer weights in the place of the trained ones."""
-        missing = [t.name for t in self._layers if not self._bounds.known[t.quantizer.row]]
+        missing = [t.name for t in self._layers if not self._bounds.known[t.row]]
         if missing:
             raise UserError(
                 f"{', '.join(missing[:4])} have no clipping bounds, because they were never called "
                 "in training: exclude them, or call calibrate(images) before training"
             )
         self._check_ranks("the frozen weights at the end")
+        self._example.forget()
         for treated in self._layers:
-            done = self._finished(treated)
-            treated.hook.remove()
-            treated.forward.remove()
+            done = treated.finish(self._bounds.values[treated.row].detach())
             if treated.layer is model:
                 model = done
             for parent in list(model.modules()):
@@ -423,17 +358,6 @@ class LTS(Method):
                         setattr(parent, name, done)
         self._layers.clear()
         return model
-
-    def _finished(self, treated: _Treated) -> nn.Module:
-        quantizer, weight = treated.quantizer, treated.forward.weight.detach()
-        mask = treated.forward.mask
-        bits = (quantizer.levels - 1).bit_length()
-        done = quantized_like(treated.layer, bits, rescale=quantizer.rescale)
-        done.fill(quantizer.codes(weight), self._bounds.values[quantizer.row].detach(), mask)
-        bias = treated.layer.bias
-        if done.bias is not None and isinstance(bias, Tensor):
-            done.bias.copy_(bias.detach())
-        return done.train(treated.layer.training)
 
     def local_buffers(self, model: nn.Module) -> list[str]:
         """Return the names of all buffers of the method: each rank derives them alike."""
@@ -445,13 +369,9 @@ class LTS(Method):
         """Return the share of frozen weights, what was saved up to now, and what is left out."""
         if not self.freezes:
             return {}
-        filters = sum(len(t.forward.weight) for t in self._layers)
-        live = [t.forward.live for t in self._layers]
-        kept = sum(
-            len(t.forward.weight) if one is None else len(one)
-            for t, one in zip(self._layers, live, strict=True)
-        )
-        left_out = 1 - kept / filters if filters else 0.0
+        filters = sum(len(t.weight) for t in self._layers)
+        computed = sum(t.filters_computed for t in self._layers)
+        left_out = 1 - computed / filters if filters else 0.0
         return {**self.savings.metrics(), "filters_left_out": left_out}
 
     def measure(self, loss_of: Callable[[nn.Module], Tensor], *, rounds: int = 5) -> MeasuredSaving:
@@ -469,11 +389,40 @@ class LTS(Method):
         def switch(method: LTS, saving: bool) -> None:
             method._beta = 1.0  # distances stay, and so does the frozen set
             method._first_rate = 1.0  # so that the bounds stay too, at learning rate 0
+            method._alone = method._freezing.warned = True
             for treated in method._layers:
                 treated.forward.saving = saving and treated.forward.saving
                 treated.covered = treated.covered and treated.forward.saving
 
         return measure_saving(self, self._attached_model(), loss_of, switch, rounds=rounds)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a finished run tells: updates saved, counted and measured backward work."""
+        if not self.freezes:
+            return {}
+        counted = self.savings
+        facts = [
+            ["weight updates saved", f"{counted.updates:.1%}"],
+            ["backward work saved, counted", f"{counted.backward:.1%}"],
+            ["the same, by each layer's work", f"{counted.backward_by_work:.1%}"],
+        ]
+        found: dict[str, Any] = {
+            "updates": counted.updates,
+            "backward": counted.backward,
+            "backward_by_work": counted.backward_by_work,
+        }
+        inputs = self._example.inputs
+        if inputs is not None and any(t.forward.saving for t in self._layers):
+            measured = self.measure(lambda model: some_loss(model(*inputs)), rounds=3)
+            found["measured"] = dataclasses.asdict(measured)
+            facts.append(
+                [
+                    "a step at the end of training, measured",
+                    f"{measured.saving_ms:.3g} ms instead of {measured.dense_ms:.3g} ms, "
+                    f"{measured.share:.1%} saved",
+                ]
+            )
+        return {"facts": facts, "saved": found}
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -481,11 +430,11 @@ class LTS(Method):
         """Return counters and settings; distances, codes, frozen sets are in the model's state."""
         assert self.schedule is not None
         return {
-            "bits": {t.name: (t.quantizer.levels - 1).bit_length() for t in self._layers},
-            "shapes": {t.name: list(t.forward.weight.shape) for t in self._layers},
+            "bits": {t.name: t.bits for t in self._layers},
+            "shapes": {t.name: list(t.weight.shape) for t in self._layers},
             "macs": {t.name: t.forward.macs for t in self._layers},
             "total_steps": self.schedule.total_steps,
-            "start": self._start,
+            "start": self._freezing.start,
             "updates": self._updates,
             "first_rate": self._first_rate,
             "savings": self.savings.state_dict(),
@@ -505,37 +454,11 @@ class LTS(Method):
                     "on with the same model, settings and length of the run"
                 )
         for treated in self._layers:
-            treated.forward.macs = int(state["macs"][treated.name])
-            treated.covered = False
-            treated.kept = None
-        self._start = state["start"]
+            treated.reset(int(state["macs"][treated.name]))
+        self._freezing.start = state["start"]
         self._updates = int(state["updates"])
         self._first_rate = state["first_rate"]
         self.savings.load_state_dict(state["savings"])
-
-
-def _misfit(layer: Layer) -> str | None:
-    weight = layer.weight
-    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        return "nn.MultiheadAttention reads its weight without calling it"
-    if weight.dtype not in (torch.float32, torch.float64) or weight.layout != torch.strided:
-        return f"its weight is {weight.dtype}, {weight.layout}: expected float32"
-    if isinstance(layer, nn.Linear):
-        return None if type(layer).forward is nn.Linear.forward else _own_forward(layer)
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}"
-    plain = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
-    return None if type(layer).forward is plain.forward else _own_forward(layer)
-
-
-def _own_forward(layer: nn.Module) -> str:
-    return f"{type(layer).__name__} has a forward of its own"
-
-
-def _weight_of(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _check_bits(name: str, value: object, other: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,12 @@ def _try_the_rest(experiment: Experiment) -> None:
     train, methods = experiment.recipe.train, experiment.methods
     for method in methods:
         method.plan(experiment.model)
+        if method.wants_trained_start and not experiment.recipe.init:
+            warnings.warn(
+                f"{method.key()} is made for a trained network, and this recipe starts from fresh "
+                "weights: give init, such as a run or pretrained",
+                stacklevel=2,
+            )
     if any(method.replaces_loss for method in methods) and (train.mixup or train.cutmix):
         replacing = next(method.key() for method in methods if method.replaces_loss)
         raise UserError(f"{replacing} replaces the batch's loss: set train.mixup and cutmix to 0")
