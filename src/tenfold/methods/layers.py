@@ -219,7 +219,8 @@ def _shared_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
     shared = {}
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        others = [n for n in owners.get(id(weight), []) if n != f"{name}.weight"]
+        own = f"{name}.weight" if name else "weight"
+        others = [n for n in owners.get(id(weight), []) if n != own]
         if others:
             shared[name] = others[0].removesuffix(".weight")
     return shared
