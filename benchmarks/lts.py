@@ -253,7 +253,7 @@ def time_steps(training: Training, given: argparse.Namespace) -> dict[str, Any]:
     return {
         **asdict(measured),
         "frozen": method.metrics()["frozen"],
-        "filters_left_out": method.metrics()["filters_left_out"],
+        "left_out": method.metrics()["left_out"],
         "batch_size": given.timed_batch_size,
     }
 

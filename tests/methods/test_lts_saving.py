@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tenfold.errors import UserError
+from tenfold.kernels import native
 from tenfold.methods import LBC, LTS
 from tenfold.methods.freezing import WeightQuantizer
 from tenfold.methods.live_filters import LiveForward, survey
@@ -42,16 +43,16 @@ def treated(layer, frozen, saving, *, rescale=False, seed=0):
     return LiveForward(layer, quantizer, saving), holder
 
 
-def results(make, shape, frozen, **fields):
+def results(make, shape, frozen, dtype=DOUBLE, **fields):
     """Return output and all gradients, with the saving and without."""
     found = []
     for saving in (True, False):
-        layer = make().to(DOUBLE)
+        layer = make().to(dtype)
         forward, holder = treated(layer, frozen, saving, **fields)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
         x.requires_grad_()
         out = layer(x)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=DOUBLE)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=dtype)
         (out * weights).sum().backward()
         latent = forward.weight.grad
         gradients = {
@@ -118,8 +119,32 @@ def test_any_frozen_set_and_shape(outputs, inputs, kernel, share, seed):
         torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12, msg=name)
     weight = saving.weight.detach()
     inert = frozen | (weight.abs() > 0.8)
-    live = survey(weight, saving.quantizer).live
-    assert torch.equal(live, ~inert.flatten(1).all(dim=1))
+    places = torch.zeros_like(frozen)
+    live = survey(weight, saving.quantizer, None, places).live
+    assert torch.equal(places, ~inert)
+    assert live.tolist() == (~inert).flatten(1).sum(dim=1).tolist()
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(20, 10), (9, 20)),
+        (lambda: nn.Linear(20, 10, bias=False), (2, 16, 20)),
+        (lambda: nn.Conv2d(5, 10, 3, padding=1, stride=2), (8, 5, 9, 6)),
+        (lambda: nn.Conv2d(5, 10, (1, 2), dilation=(1, 2)), (17, 5, 4, 5)),
+    ],
+)
+def test_single_weights_are_summed_up_where_few_are_live(make, shape, share):
+    """In single precision, with the compiled kernel; scattered over all filters."""
+    weight = make().weight
+    frozen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) >= share
+    (ours, saving), (theirs, _) = results(make, shape, frozen, dtype=torch.float32)
+    assert (saving.places is None) == (share == 0.0)
+    for name, expected in theirs.items():
+        size = float(expected.abs().max()) + 1e-6
+        torch.testing.assert_close(ours[name] / size, expected / size, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_live_filter_is_never_left_out_when_something_has_changed():

@@ -1,11 +1,14 @@
-"""Leave out of the backward pass what its result would not need: filters without a live weight.
+"""Leave out of the backward pass what its result would not need: the gradients of inert weights.
 
 A weight is inert in a step when its gradient is zero whatever the loss: it is frozen with its code,
 clipped by the bounds (where a clipped weight has no part in their gradients either), or masked out.
-A filter of inert weights alone drops out of the product that makes the weight's gradient, exactly:
-all other gradients are as before. A layer whose weights are all frozen computes none.
+What is left out changes no other gradient:
 
-Clipped weights may come back by weight decay or moving bounds, so the filters are looked through
+- filters of inert weights alone drop out of the product that makes the weight's gradient;
+- on a CPU with compiled kernels, where few weights are live, each of them is summed up by itself;
+- a layer whose weights are all frozen computes none, and its weight has no gradient at all.
+
+Clipped weights may come back by weight decay or moving bounds, so the weights are looked through
 after every step, and again whenever weight, bounds or frozen set have been changed since.
 """
 
@@ -19,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tenfold.kernels import live as kernel
+from tenfold.kernels import native
 from tenfold.methods.freezing import WeightQuantizer
 from tenfold.methods.pieces import row_pieces, rows_of
 
@@ -26,6 +31,8 @@ __all__ = ["LiveForward", "LiveProduct", "Survey", "survey"]
 
 # Below this share of filters without a live weight, gathering the others costs what it saves.
 LEAST_DEAD = 0.3
+# Up to this share of live weights, summing them up one by one is clearly faster than all of them.
+MOST_LIVE = {nn.Conv2d: 0.25, nn.Linear: 0.15}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Survey:
     """How things stand with the filters of one layer.
 
     Attributes:
-        live: `(O,)` bool, the filter has a weight that isn't inert.
+        live: `(O,)` int32, how many weights of the filter aren't inert.
         frozen: `(O,)` int32, how many of its weights are frozen and not masked out.
         free: `(O,)` int32, how many are neither frozen nor masked out.
     """
@@ -44,19 +51,26 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(weight: Tensor, quantizer: WeightQuantizer, mask: Tensor | None = None) -> Survey:
+def survey(
+    weight: Tensor,
+    quantizer: WeightQuantizer,
+    mask: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Survey:
     """Look through the filters of a layer.
 
     Args:
         weight: `(O, ...)`, latent.
         quantizer: its own.
         mask: of its shape, zero where the weight is masked out.
+        places: of its shape, bool; is filled with which weights aren't inert.
     """
     lower, upper = quantizer.bounds.values[quantizer.row, :2]
     assert quantizer.frozen is not None
-    live = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-    frozen, free = (torch.zeros_like(live, dtype=torch.int32) for _ in range(2))
+    live = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    frozen, free = torch.zeros_like(live), torch.zeros_like(live)
     given = [weight, quantizer.frozen, *([] if mask is None else [mask])]
+    found = None if places is None else rows_of(places, weight)
     for place, (w, stuck, *masked) in row_pieces(*(rows_of(m, weight) for m in given)):
         open_ = ~stuck
         if masked:
@@ -68,7 +82,9 @@ def survey(weight: Tensor, quantizer: WeightQuantizer, mask: Tensor | None = Non
         if not quantizer.rescale:  # with rescale, clipped weights have a part in du and dl
             v = (w - lower).div_(upper - lower)  # compared as in the quantizer's backward
             open_.logical_and_(v >= 0).logical_and_(v <= 1)
-        live[place] = open_.any(dim=1)
+        live[place] = open_.sum(dim=1, dtype=torch.int32)
+        if found is not None:
+            found[place] = open_
     return Survey(live, frozen, free)
 
 
@@ -81,6 +97,7 @@ class LiveForward:
         saving: whether work is to be saved.
         macs: multiply-adds of the layer for one sample, known after the first forward pass.
         live: indices of the filters that need a gradient; None: all are computed.
+        places: which weights need one, bool, where they are few; None: by filters.
         whole: every weight is frozen or masked out, for good.
     """
 
@@ -88,9 +105,11 @@ class LiveForward:
         self.layer, self.quantizer, self.saving = layer, quantizer, saving
         self.macs = 0
         self.live: Tensor | None = None
+        self.places: Tensor | None = None
         self.whole = False
         self._seen: tuple[int, ...] | None = None
-        self._flags: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._places: Tensor | None = None
         layer.forward = self
 
     def remove(self) -> None:
@@ -116,20 +135,34 @@ class LiveForward:
 
     def survey(self) -> Survey:
         """Look through the filters."""
-        return survey(self.weight.detach(), self.quantizer, self.mask)
+        weight = self.weight.detach()
+        if self.saving and self._places is None and _in_places(self.layer, weight):
+            self._places = torch.zeros_like(weight, dtype=torch.bool)
+        return survey(weight, self.quantizer, self.mask, self._places)
+
+    @property
+    def share_computed(self) -> float:
+        """Share of the product for the weight's gradient that the next backward pass computes."""
+        if self.places is not None and self._counts is not None:
+            return int(self._counts.sum()) / max(1, self.weight.numel())
+        return 1.0 if self.live is None else len(self.live) / max(1, len(self.weight))
 
     def choose(self, live: Tensor, free: int) -> None:
         """Choose the filters that need a gradient in the next step.
 
         Args:
-            live: flags `(O,)` on the CPU.
+            live: how many weights of each filter aren't inert, `(O,)` on the CPU.
             free: how many weights are neither frozen nor masked out.
         """
         self.whole = free == 0
         self._seen = self._versions()
-        if self._flags is not None and torch.equal(live, self._flags):
+        linear = isinstance(self.layer, nn.Linear)
+        most = MOST_LIVE[nn.Linear if linear else nn.Conv2d] * self.weight.numel()
+        self.places = self._places if 0 < int(live.sum()) <= most else None
+        if self._counts is not None and torch.equal(live > 0, self._counts > 0):
+            self._counts = live
             return
-        self._flags = live
+        self._counts = live
         found = live.nonzero().flatten()
         few = len(found) <= (1 - LEAST_DEAD) * len(live) and self._in_rows()
         self.live = found.to(self.weight.device) if few or len(found) == 0 else None
@@ -148,13 +181,14 @@ class LiveForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer's own `forward` does."""
-        live = None
+        live, places = None, None
         if self.saving and self.quantizer.any_frozen and torch.is_grad_enabled():
             if self._versions() != self._seen:  # a checkpoint was loaded, say
                 found = self.survey()
                 self.choose(found.live.cpu(), int(found.free.sum()))
-            live = self.live
-        out = self._plain(x) if live is None else self._saving(x, live)
+            live, places = self.live, self.places
+        plain = live is None and places is None
+        out = self._plain(x) if plain else self._saving(x, live, places)
         if not self.macs:
             weight = self.weight
             self.macs = out[0].numel() * weight[0].numel() if len(out) else 0
@@ -164,7 +198,7 @@ class LiveForward:
         result: Tensor = type(self.layer).forward(self.layer, x)
         return result
 
-    def _saving(self, x: Tensor, live: Tensor) -> Tensor:
+    def _saving(self, x: Tensor, live: Tensor | None, places: Tensor | None) -> Tensor:
         layer: Any = self.layer
         # Under DDP every parameter must get a gradient: there it is zeros, which cost no product.
         self.quantizer.constant = self.whole and not _distributed()
@@ -184,7 +218,11 @@ class LiveForward:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         how = None if linear else (layer.stride, layer.padding, layer.dilation, layer.groups)
-        result: Tensor = LiveProduct.apply(x, weight, bias, live, how)
+        if places is not None and not kernel.able(x, weight):
+            places = None
+            if live is None:
+                return self._plain(x)
+        result: Tensor = LiveProduct.apply(x, weight, bias, live, places, how)
         return result
 
 
@@ -193,7 +231,13 @@ class LiveProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor, conv: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        live: Tensor | None,
+        places: Tensor | None,
+        conv: Any,
     ) -> Tensor:
         """Return the layer's output.
 
@@ -202,11 +246,13 @@ class LiveProduct(torch.autograd.Function):
             x: the input.
             weight: `(O, ...)`.
             bias: `(O,)` or None.
-            live: indices of the filters that need a gradient.
+            live: indices of the filters that need a gradient, or None for all.
+            places: which weights need one, bool, or None for whole filters.
             conv: stride, padding, dilation and groups; None for a linear layer.
         """
         # Without a live filter nothing of the input is needed afterwards.
-        ctx.save_for_backward(x if len(live) else None, weight, live)
+        needed = places is not None or live is None or len(live) > 0
+        ctx.save_for_backward(x if needed else None, weight, live, places)
         ctx.conv, ctx.x_shape, ctx.has_bias = conv, x.shape, bias is not None
         if conv is None:
             return nn.functional.linear(x, weight, bias)
@@ -218,12 +264,16 @@ class LiveProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight (zeros in filters without a live weight), bias."""
-        x, weight, live = ctx.saved_tensors
+        x, weight, live, places = ctx.saved_tensors
         (gradient,) = gradients
         backward = _linear_backward if ctx.conv is None else _conv_backward
-        to_x, of_live = backward(ctx, gradient, x, weight, live)
+        wanted = ctx.needs_input_grad[1]
+        chosen = live if wanted and x is not None and places is None else None
+        to_x, of_live = backward(ctx, gradient, x, weight, chosen)
         to_weight = None
-        if ctx.needs_input_grad[1]:
+        if wanted and places is not None:
+            to_weight = kernel.live_gradient(x, gradient, places, *(ctx.conv or ())[:3])
+        elif wanted:
             to_weight = torch.zeros_like(weight)
             if of_live is not None:
                 to_weight[live] = of_live
@@ -233,21 +283,21 @@ class LiveProduct(torch.autograd.Function):
             to_bias = gradient.sum(
                 dim=[d for d in range(gradient.dim()) if d != axis % gradient.dim()]
             )
-        return to_x, to_weight, to_bias, None, None
+        return to_x, to_weight, to_bias, None, None, None
 
 
 def _linear_backward(
-    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor
+    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     to_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    if x is None or not ctx.needs_input_grad[1]:
+    if x is None or live is None:
         return to_x, None
     chosen = gradient.index_select(-1, live).flatten(0, -2)
     return to_x, chosen.T @ x.flatten(0, -2)
 
 
 def _conv_backward(
-    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor
+    ctx: Any, gradient: Tensor, x: Tensor | None, weight: Tensor, live: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     stride, padding, dilation, groups = ctx.conv
     zeros = [0] * len(stride)
@@ -261,10 +311,17 @@ def _conv_backward(
     if ctx.needs_input_grad[0]:
         shaped = gradient.new_empty(1).expand(ctx.x_shape) if x is None else x
         to_x = backward(gradient, shaped, weight, [True, False, False])[0]
-    if x is not None and ctx.needs_input_grad[1]:
+    if x is not None and live is not None:
         chosen = gradient.index_select(1, live)
         of_live = backward(chosen, x, weight[live], [False, True, False])[1]
     return to_x, of_live
+
+
+def _in_places(layer: nn.Module, weight: Tensor) -> bool:
+    """Tell whether the compiled kernel may take a layer's weight one by one."""
+    conv = isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str)
+    able = native.missing() is None and weight.device.type == "cpu"
+    return able and weight.dtype == torch.float32 and (conv or isinstance(layer, nn.Linear))
 
 
 def _distributed() -> bool:

@@ -311,12 +311,12 @@ class LTS(Method):
         going = [t for t in self._layers if t.quantizer.any_frozen and not t.covered]
         found = [treated.forward.survey() for treated in going]
         if found:
-            table = [torch.stack([one.live.int(), one.frozen, one.free]) for one in found]
+            table = [torch.stack([one.live, one.frozen, one.free]) for one in found]
             sizes = [len(one.live) for one in found]
             on_cpu = torch.split(torch.cat(table, dim=1).cpu(), sizes, dim=1)  # one transfer
             for treated, rows in zip(going, on_cpu, strict=True):
                 free = int(rows[2].sum())
-                treated.forward.choose(rows[0].bool(), free)
+                treated.forward.choose(rows[0], free)
                 self.savings.frozen[treated.name] = int(rows[1].sum())
                 if treated.forward.saving and free == 0:  # no optimizer touches it from now on
                     treated.cover()
@@ -369,10 +369,9 @@ class LTS(Method):
         """Return the share of frozen weights, what was saved up to now, and what is left out."""
         if not self.freezes:
             return {}
-        filters = sum(len(t.weight) for t in self._layers)
-        computed = sum(t.filters_computed for t in self._layers)
-        left_out = 1 - computed / filters if filters else 0.0
-        return {**self.savings.metrics(), "filters_left_out": left_out}
+        work = sum(t.forward.macs for t in self._layers)
+        computed = sum(t.forward.macs * t.forward.share_computed for t in self._layers)
+        return {**self.savings.metrics(), "left_out": 1 - computed / work if work else 0.0}
 
     def measure(self, loss_of: Callable[[nn.Module], Tensor], *, rounds: int = 5) -> MeasuredSaving:
         """Time whole training steps with the saving on and off, in turn, as things stand now.

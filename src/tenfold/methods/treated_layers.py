@@ -83,12 +83,6 @@ class TreatedLayer:
         chain: Any = self.layer.parametrizations
         return all(getattr(one, "final", True) for one in chain["weight"])
 
-    @property
-    def filters_computed(self) -> int:
-        """How many filters the weight's next gradient is computed for."""
-        live = self.forward.live
-        return len(self.weight) if live is None else len(live)
-
     def update(self, momentum: float | None, rho: float | None) -> None:
         """Follow the distances, and freeze where they are at most `rho` level spacings."""
         if self.covered or not self.quantizer.bounds.known[self.row]:
