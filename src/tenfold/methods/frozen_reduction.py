@@ -31,7 +31,7 @@ def leave_out_of_reduction(
     """
     by_weight = {id(layer.weight): layer for layer in layers}
 
-    def hook(group: Any, bucket: Any) -> Any:
+    def reduce(group: Any, bucket: Any) -> Any:
         of_weights = zip(bucket.parameters(), bucket.gradients(), strict=True)
         live = [gradient for weight, gradient in of_weights if not left_out(weight)]
         whole: Tensor = bucket.buffer()
@@ -56,7 +56,10 @@ def leave_out_of_reduction(
         return layer is not None and layer.saving and layer.whole
 
     try:
-        wrapper.register_comm_hook(wrapper.process_group, hook)
+        # PyTorch wants annotations that it knows, or none.
+        wrapper.register_comm_hook(
+            wrapper.process_group, lambda group, bucket: reduce(group, bucket)
+        )
     except RuntimeError as error:
         raise UserError(
             "this DistributedDataParallel has a communication hook already, and LTS needs it: "

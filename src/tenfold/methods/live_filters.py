@@ -143,9 +143,21 @@ class LiveForward:
     @property
     def share_computed(self) -> float:
         """Share of the product for the weight's gradient that the next backward pass computes."""
+        if not self.saving:
+            return 1.0
+        self.refresh()
         if self.places is not None and self._counts is not None:
             return int(self._counts.sum()) / max(1, self.weight.numel())
         return 1.0 if self.live is None else len(self.live) / max(1, len(self.weight))
+
+    def refresh(self) -> None:
+        """Look again if anything has changed since the last time: a checkpoint was loaded, say."""
+        if not self.quantizer.any_frozen:
+            self.live = self.places = self._counts = self._seen = None
+            self.whole = False
+        elif self._versions() != self._seen:
+            found = self.survey()
+            self.choose(found.live.cpu(), int(found.free.sum()))
 
     def choose(self, live: Tensor, free: int) -> None:
         """Choose the filters that need a gradient in the next step.
@@ -182,10 +194,8 @@ class LiveForward:
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer's own `forward` does."""
         live, places = None, None
-        if self.saving and self.quantizer.any_frozen and torch.is_grad_enabled():
-            if self._versions() != self._seen:  # a checkpoint was loaded, say
-                found = self.survey()
-                self.choose(found.live.cpu(), int(found.free.sum()))
+        if self.saving and torch.is_grad_enabled():
+            self.refresh()
             live, places = self.live, self.places
         plain = live is None and places is None
         out = self._plain(x) if plain else self._saving(x, live, places)

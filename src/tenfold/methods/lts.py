@@ -324,14 +324,13 @@ class LTS(Method):
 
     def on_epoch_start(self, epoch: int) -> None:
         """Compare what is frozen over all ranks."""
-        if self._freezing.start is not None:
-            self._check_ranks(f"the frozen weights at step {self.steps_done}")
-
-    def _check_ranks(self, what: str) -> None:
-        if self._alone:
+        if self._freezing.start is None or self._alone:
             return
         frozen = {t.name: t.quantizer.frozen for t in self._layers}
-        check_agreement(what, {name: one for name, one in frozen.items() if one is not None})
+        check_agreement(
+            f"the frozen weights at step {self.steps_done}",
+            {name: one for name, one in frozen.items() if one is not None},
+        )
 
     def on_wrapped(self, wrapper: nn.Module) -> None:
         """Have layers that are frozen whole left out of what DistributedDataParallel sums up."""
@@ -346,7 +345,6 @@ class LTS(Method):
                 f"{', '.join(missing[:4])} have no clipping bounds, because they were never called "
                 "in training: exclude them, or call calibrate(images) before training"
             )
-        self._check_ranks("the frozen weights at the end")
         self._example.forget()
         for treated in self._layers:
             done = treated.finish(self._bounds.values[treated.row].detach())

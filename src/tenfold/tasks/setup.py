@@ -35,6 +35,7 @@ class Experiment:
     network: Network
     methods: list[Method]
     fresh: list[str]  # parameters that `init` had nothing for
+    plans: dict[str, LayerPlan] | None = None  # of the layers, as they were ahead of training
 
     @property
     def example(self) -> Tensor:
@@ -190,6 +191,8 @@ def make_plan(experiment: Experiment) -> Plan:
 
 def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
     """Return every layer's treatment; where several methods treat one, they are joined."""
+    if experiment.plans is not None:  # training may have put other layers in their place
+        return experiment.plans
     plans: dict[str, LayerPlan] = {}
     for method in experiment.methods:
         for layer in method.plan(experiment.model):
@@ -204,6 +207,7 @@ def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
                     treatment=f"{before.treatment}, {layer.treatment}",
                     kept=before.kept * layer.kept,
                 )
+    experiment.plans = plans
     return plans
 
 
@@ -240,8 +244,8 @@ def layer_rows(
 def _try_the_rest(experiment: Experiment) -> None:
     """Raise now what would otherwise be raised after an hour, or after an old run is gone."""
     train, methods = experiment.recipe.train, experiment.methods
+    layer_plans(experiment)
     for method in methods:
-        method.plan(experiment.model)
         if method.wants_trained_start and not experiment.recipe.init:
             warnings.warn(
                 f"{method.key()} is made for a trained network, and this recipe starts from fresh "
