@@ -80,7 +80,7 @@ FULL: dict[str, Any] = {
     "rounds": 15,
     "output": "lts_gpu",
 }
-SHARES = ("4/6", "5/6", "6/6")
+SHARES = ("4/6", "5/6", "6/6")  # of the part step's run
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -19,7 +19,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"quickstart.py", "lbc_plain_pytorch.py", "lbc_lightning.py"}
+    tested = {"quickstart.py", "lbc_plain_pytorch.py", "lbc_lightning.py", "lts_plain_pytorch.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -27,6 +27,14 @@ def test_plain_pytorch(capsys):
     accuracy = runpy.run_path(str(EXAMPLES / "lbc_plain_pytorch.py"))["main"]()
     assert accuracy > 0.9
     assert "weights kept by layer: 100%, 50%, 50%, 100%" in capsys.readouterr().out
+
+
+def test_plain_pytorch_to_two_bits(capsys):
+    accuracy = runpy.run_path(str(EXAMPLES / "lts_plain_pytorch.py"))["main"]()
+    assert accuracy > 0.9
+    out = capsys.readouterr().out
+    assert "of the weights' gradients left out" in out
+    assert "openvino, batch 3: equal within" in out
 
 
 def test_own_lightning_trainer(capsys):
