@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.methods.pieces import row_pieces, rows_of
+from tenfold.methods.pieces import flat_pieces
 from tenfold.methods.quantizers import Bounds, QuantizeWeight, codes
 
 __all__ = ["WeightQuantizer"]
@@ -113,8 +113,8 @@ class WeightQuantizer(nn.Module):
         assert self.frozen is not None
         lower, upper = self.bounds.values[self.row, :2]
         spacing = 1 / (self.levels - 1)
-        matrices = (weight, self.distance, self.code, self.frozen, kept)
-        for _, (w, d, code, frozen, old) in row_pieces(*(rows_of(m, weight) for m in matrices)):
+        alike = (weight, self.distance, self.code, self.frozen, kept)
+        for w, d, code, frozen, old in flat_pieces(*alike):
             v = (w - lower).div_(upper - lower)
             if self.freeze_clipped:
                 v.clamp_(0, 1)
@@ -139,9 +139,7 @@ class WeightQuantizer(nn.Module):
     def restore(self, weight: Tensor, kept: Tensor) -> None:
         """Give frozen positions of a weight the values that they had before its update."""
         assert self.frozen is not None
-        for _, (w, frozen, old) in row_pieces(
-            *(rows_of(m, weight) for m in (weight, self.frozen, kept))
-        ):
+        for w, frozen, old in flat_pieces(weight, self.frozen, kept):
             torch.where(frozen, old, w, out=w)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

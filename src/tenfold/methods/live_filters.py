@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from tenfold.kernels import live as kernel
 from tenfold.kernels import native
 from tenfold.methods.freezing import WeightQuantizer
-from tenfold.methods.pieces import row_pieces, rows_of
+from tenfold.methods.pieces import flat_pieces, rows_of
 
 __all__ = ["LiveForward", "LiveProduct", "Survey", "survey"]
 
@@ -66,26 +66,24 @@ def survey(
         places: of its shape, bool; is filled with which weights aren't inert.
     """
     lower, upper = quantizer.bounds.values[quantizer.row, :2]
-    assert quantizer.frozen is not None
-    live = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-    frozen, free = torch.zeros_like(live), torch.zeros_like(live)
-    given = [weight, quantizer.frozen, *([] if mask is None else [mask])]
-    found = None if places is None else rows_of(places, weight)
-    for place, (w, stuck, *masked) in row_pieces(*(rows_of(m, weight) for m in given)):
-        open_ = ~stuck
+    frozen = quantizer.frozen
+    assert frozen is not None
+    free = torch.empty_like(frozen)
+    live = torch.empty_like(frozen) if places is None else places
+    given = [weight, frozen, free, live, *([] if mask is None else [mask])]
+    for w, stuck, open_, alive, *masked in flat_pieces(*given):
+        torch.logical_not(stuck, out=open_)
         if masked:
-            kept = masked[0] != 0
-            open_.logical_and_(kept)
-            stuck = stuck & kept
-        frozen[place] = stuck.sum(dim=1, dtype=torch.int32)
-        free[place] = open_.sum(dim=1, dtype=torch.int32)
-        if not quantizer.rescale:  # with rescale, clipped weights have a part in du and dl
-            v = (w - lower).div_(upper - lower)  # compared as in the quantizer's backward
-            open_.logical_and_(v >= 0).logical_and_(v <= 1)
-        live[place] = open_.sum(dim=1, dtype=torch.int32)
-        if found is not None:
-            found[place] = open_
-    return Survey(live, frozen, free)
+            open_.logical_and_(masked[0] != 0)
+        if quantizer.rescale:  # clipped weights have a part in the bounds' gradients then
+            alive.copy_(open_)
+            continue
+        v = (w - lower).div_(upper - lower)  # compared as in the quantizer's backward
+        torch.ge(v, 0, out=alive)
+        alive.logical_and_(v <= 1).logical_and_(open_)
+    counts = rows_of(free, weight).sum(dim=1, dtype=torch.int32)
+    kept = weight[0].numel() if mask is None else (mask != 0).flatten(1).sum(1, dtype=torch.int32)
+    return Survey(rows_of(live, weight).sum(dim=1, dtype=torch.int32), kept - counts, counts)
 
 
 class LiveForward:

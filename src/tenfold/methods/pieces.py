@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["flat_pieces", "row_pieces", "rows_of"]
+__all__ = ["flat_pieces", "rows_of"]
 
 _CACHED = 2**15  # elements: a few single-precision tensors of that length fit the second level
 
@@ -26,22 +26,6 @@ def flat_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [t.as_strided((first.numel(),), (1,), t.storage_offset()) for t in tensors]
     for start in range(0, first.numel(), _CACHED):
         yield tuple(t[start : start + _CACHED] for t in flat)
-
-
-def row_pieces(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Yield views `(rows, weights a row)` of matrices, some whole rows at a time, with their place.
-
-    Args:
-        tensors: `(O, n)`, such as `rows_of` returns.
-    """
-    first = tensors[0]
-    if not _in_pieces(first):
-        yield slice(0, len(first)), tensors
-        return
-    rows = max(1, _CACHED // max(1, first.shape[1]))
-    for start in range(0, len(first), rows):
-        place = slice(start, start + rows)
-        yield place, tuple(t[place] for t in tensors)
 
 
 def rows_of(tensor: Tensor, like: Tensor) -> Tensor:
