@@ -123,6 +123,94 @@ def accuracy_table(name: str, command: str) -> str:
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
 
+def lts_accuracy() -> str:
+    return lts_accuracy_table("lts", "python benchmarks/lts.py")
+
+
+def lts_gpu() -> str:
+    return lts_accuracy_table("lts_gpu", "python benchmarks/lts.py --full")
+
+
+def lts_accuracy_table(name: str, command: str) -> str:
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `{command}`.*"
+    found = load(name)
+    if not found["accuracy"]:
+        return f"*Not measured yet: `{command} --parts accuracy`.*"
+    rows = []
+    for bits, methods in sorted(found["accuracy"].items(), key=lambda item: -int(item[0])):
+        for method in ("float", "qat", "lts"):
+            entry = methods.get(method)
+            if entry is None:
+                continue
+            deviation = "" if entry["sd"] is None else f" ± {100 * entry['sd']:.2f}"
+            saved = entry.get("saved")
+            counted = ["", "", ""]
+            if saved is not None:
+                keys = ("updates", "backward", "backward_by_work")
+                counted = [f"{100 * saved[key]:.1f} %" for key in keys]
+            rows.append(
+                [
+                    "" if method in ("float", "lts") else f"{bits} bits",
+                    LTS_LABELS[method],
+                    f"{100 * entry['mean']:.2f} %{deviation}",
+                    _difference(entry.get("minus")),
+                    *counted,
+                ]
+            )
+    header = ["", "training", "accuracy ± sd", "minus without freezing", "updates saved"]
+    header += ["backward, counted", "by layers' work"]
+    settings = found["settings"]["accuracy"]
+    images = f"{settings['images']:,}" if settings["images"] else "all"
+    tested = next(iter(found["runs"].values()))["test_images"]
+    note = (
+        f"{settings['model']} on {images} training images, {settings['float_epochs']} epochs in "
+        f"floats and {settings['epochs']} from there, batch {settings['batch_size']}, tested on "
+        f"{tested:,}. Differences are in points, paired by seed, with their 95 % interval."
+    )
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
+
+
+LTS_LABELS = {"float": "in floats", "qat": "without freezing", "lts": "LTS"}
+
+
+def lts_step() -> str:
+    command = "python benchmarks/lts.py --parts step bookkeeping"
+    if not (RESULTS / "lts.json").is_file():
+        return f"*Not measured yet: `{command}`.*"
+    found = load("lts")
+    if not found["step"] or not found["bookkeeping"]:
+        return f"*Not measured yet: `{command}`.*"
+    rows = [
+        [
+            f"{share} of the run",
+            f"{100 * row['frozen']:.1f} %",
+            f"{100 * row['left_out']:.1f} %",
+            f"{row['dense_ms']:.0f} ms",
+            f"{row['saving_ms']:.0f} ms",
+            f"{100 * row['share']:.1f} %",
+            f"{row['gradient_difference']:.0e}",
+        ]
+        for share, row in found["step"].items()
+    ]
+    header = ["ResNet-18, 2 bits", "weights frozen", "of the weights' gradients left out"]
+    header += ["whole step", "with the saving", "saved", "gradients differ by"]
+    settings = found["settings"]["step"]
+    batch = next(iter(found["step"].values()))["batch_size"]
+    images = f"{settings['images']:,}" if settings["images"] else "all"
+    note = (
+        f"Batch {batch}; from checkpoints of one run of {settings['epochs']} epochs on {images} "
+        f"images, batch {settings['batch_size']}."
+    )
+    model, kept = next(iter(found["bookkeeping"].items()))
+    ratio = kept["overhead"]
+    note += (
+        f" Bookkeeping in {model}, batch 128: {_percent(ratio['median'])} of a step, quartiles "
+        f"{_percent(ratio['quartile_low'])} to {_percent(ratio['quartile_high'])}."
+    )
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
+
+
 def kcd_accuracy() -> str:
     return kcd_table("kcd", "python benchmarks/kcd.py")
 
@@ -368,6 +456,9 @@ LABELS = {
 TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy": lbc_accuracy,
     "lbc_accuracy_gpu": lbc_accuracy_gpu,
+    "lts_accuracy": lts_accuracy,
+    "lts_step": lts_step,
+    "lts_gpu": lts_gpu,
     "kcd_accuracy": kcd_accuracy,
     "kcd_accuracy_medium": kcd_accuracy_medium,
     "kcd_accuracy_gpu": kcd_accuracy_gpu,

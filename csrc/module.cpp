@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "live.h"
 #include "nm.h"
 
 namespace nb = nanobind;
@@ -15,6 +16,7 @@ namespace {
 
 using tenfold::Conv2d;
 using tenfold::Linear;
+using tenfold::LiveGradient;
 using tenfold::Weight;
 using Address = std::uintptr_t;
 
@@ -22,9 +24,13 @@ struct Kernels {
   bool (*conv2d)(const Conv2d&);
   bool (*linear)(const Linear&);
   double (*peak)(bool);
+  bool (*live_gradient)(const LiveGradient&);
 };
-#define TENFOLD_KERNELS(isa) \
-  { tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak }
+#define TENFOLD_KERNELS(isa)                                          \
+  {                                                                   \
+    tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::peak, \
+        tenfold::isa::live_gradient                                   \
+  }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
 // Best first.
@@ -128,6 +134,41 @@ void linear(Address x, Address values, Address index, Address scale, Address bia
   if (!done) throw std::bad_alloc();
 }
 
+void live_gradient(Address x, Address gradient, Address live, Address channel, Address row,
+                   Address column, Address out, long images, long height, long width, long channels,
+                   long out_height, long out_width, long outputs, long weights, long stride_y,
+                   long stride_x, long first_row, long rows, long first_column, long columns,
+                   int threads) {
+  const LiveGradient problem{reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const float*>(gradient),
+                             reinterpret_cast<const std::uint8_t*>(live),
+                             reinterpret_cast<const std::int32_t*>(channel),
+                             reinterpret_cast<const std::int32_t*>(row),
+                             reinterpret_cast<const std::int32_t*>(column),
+                             reinterpret_cast<float*>(out),
+                             images,
+                             height,
+                             width,
+                             channels,
+                             out_height,
+                             out_width,
+                             outputs,
+                             weights,
+                             stride_y,
+                             stride_x,
+                             first_row,
+                             rows,
+                             first_column,
+                             columns,
+                             threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.live_gradient(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -136,5 +177,6 @@ NB_MODULE(_kernels, m) {
   m.def("use", use);
   m.def("conv2d", conv2d);
   m.def("linear", linear);
+  m.def("live_gradient", live_gradient);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

@@ -7,6 +7,7 @@ file can't name anything else:
     Bias         a layer without a bias has one
     NMConv2d     a convolution is packed: n, m, shape, precision, bias, add, activation
     NMLinear     the same of a linear layer
+    Quantized…   a layer has integer weights: see `quantized_edits`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
 from tenfold.deploy.fuse import Epilogue
+from tenfold.deploy.quantized_edits import QUANTIZED_EDITS, quantized_layer
 from tenfold.errors import UserError
 from tenfold.kernels import nm
 from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
@@ -28,7 +30,7 @@ from tenfold.nn.packing import pack_nm, unpack_nm
 __all__ = ["EDITS", "describe_edits", "from_stored", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
-EDITS = ("FoldedNorm", "Bias", *_PACKED)
+EDITS = ("FoldedNorm", "Bias", *_PACKED, *QUANTIZED_EDITS)
 
 
 def describe_edits(
@@ -95,6 +97,8 @@ def replay(
         if kind in _PACKED:
             network = replace_layers(network, {name: _packed(kind, module, name, arguments)})
             epilogues[name] = _epilogue(name, arguments)
+        elif kind in QUANTIZED_EDITS:
+            network = _put(network, module, quantized_layer(kind, module, name, arguments))
         elif kind == "FoldedNorm" and name and remove_norm(network, module):
             continue
         elif kind == "Bias" and "bias" in module._parameters:
@@ -105,6 +109,15 @@ def replay(
                 f"one of {', '.join(EDITS)}, in the network that was saved"
             )
     return network, epilogues
+
+
+def _put(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Replace a module wherever the network holds it, in place; returns the network."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+    return new if network is old else network
 
 
 def to_stored(layer: PackedLayer) -> tuple[Tensor, Tensor]:

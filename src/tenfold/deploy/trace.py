@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from tenfold.nn.packed import PackedLayer
+from tenfold.nn.quantized import QuantizedLayer
 
 __all__ = ["trace"]
 
@@ -43,7 +44,7 @@ def trace(network: nn.Module, inputs: int) -> fx.GraphModule:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps PyTorch's and packed layers whole, and remembers which module failed."""
+    """Keeps PyTorch's, packed and quantized layers whole, and remembers which module failed."""
 
     def __init__(self, whole: set[type[nn.Module]]) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _Tracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, PackedLayer) or type(m) in self.whole:
+        if isinstance(m, PackedLayer | QuantizedLayer) or type(m) in self.whole:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -16,7 +16,16 @@ from torch import Tensor
 from tenfold.errors import UserError
 from tenfold.kernels.reference import channel_tile
 
-__all__ = ["conv2d", "fits", "instruction_set", "linear", "missing", "peak", "usable"]
+__all__ = [
+    "conv2d",
+    "fits",
+    "instruction_set",
+    "linear",
+    "live_gradient",
+    "missing",
+    "peak",
+    "usable",
+]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4}
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -144,6 +153,37 @@ def linear(
         _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def live_gradient(
+    x: Tensor,
+    gradient: Tensor,
+    live: Tensor,
+    tables: Sequence[Tensor],
+    out: Tensor,
+    size: Sequence[int],
+    out_size: Sequence[int],
+    stride: Sequence[int],
+    span: Sequence[int],
+) -> None:
+    """Write the gradient of a weight at its live places into `out`; see `tenfold.kernels.live`.
+
+    Args:
+        x: channels last.
+        gradient: channels last.
+        live: bool, `out`'s shape and layout.
+        tables: channel, row and column of the weights of an output, int32.
+        out: zeros.
+        size: images, height, width, channels.
+        out_size: height, width, outputs.
+        stride: of rows and columns.
+        span: first row and how many, first column and how many, of the kernel.
+    """
+    weights = live.numel() // max(1, live.shape[0])
+    _module.live_gradient(
+        x.data_ptr(), gradient.data_ptr(), live.data_ptr(), *[t.data_ptr() for t in tables],
+        out.data_ptr(), *size, *out_size, weights, *stride, *span, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet
 from tenfold.nn.packed import PackedLayer
+from tenfold.nn.quantized import QuantizedLayer
 
 __all__ = ["Cost", "LayerCost", "count_cost"]
 
@@ -166,8 +167,9 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 
 
 def _packed_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the dense form of packed layers' weights, and their biases, which are buffers."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    """Return the float form of packed and quantized weights, and biases, which are buffers."""
+    kinds = (PackedLayer, QuantizedLayer)
+    packed = [module for module in model.modules() if isinstance(module, kinds)]
     biases = [layer.bias for layer in packed if layer.bias is not None]
     return [*(layer.weight for layer in packed), *biases]
 

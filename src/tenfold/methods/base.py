@@ -87,6 +87,7 @@ class Method(Requests):
 
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
+    wants_trained_start: ClassVar[bool] = False  # whether a run without `init` is worth a warning
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     conflicts: ClassVar[frozenset[str]] = frozenset()
     replaces_loss: ClassVar[bool] = False
@@ -239,7 +240,8 @@ class Method(Requests):
             )
         model = self.on_finalize(model)
         for name in self._owned:
-            delattr(model, name)
+            if name in model._modules:  # else `on_finalize` has replaced the model itself
+                delattr(model, name)
         self._owned.clear()
         if self._remove_hook is not None:
             self._remove_hook()
@@ -344,6 +346,12 @@ class Method(Requests):
 
     def on_step(self) -> None:
         """Act after the update; `steps_done` already counts it."""
+
+    def on_wrapped(self, wrapper: nn.Module) -> None:
+        """Take note of the DistributedDataParallel that wraps the model, where there is one.
+
+        An engine calls it ahead of the first step; in a loop of your own call it after wrapping.
+        """
 
     def on_finalize(self, model: nn.Module) -> nn.Module:
         """Take the training form away and return the model."""

@@ -105,6 +105,10 @@ class MethodCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the count of steps from the Trainer, which has just restored it on a resume."""
         self._steps_seen = trainer.global_step
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            for method in self.methods:
+                method.on_wrapped(wrapper)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announce the epoch, and have the loader draw what the methods want of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class Experiment:
     network: Network
     methods: list[Method]
     fresh: list[str]  # parameters that `init` had nothing for
+    plans: dict[str, LayerPlan] | None = None  # of the layers, as they were ahead of training
     others: list[OtherNetwork] = field(default_factory=list)  # that methods asked for
 
     @property
@@ -194,6 +196,8 @@ def make_plan(experiment: Experiment) -> Plan:
 
 def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
     """Return every layer's treatment; where several methods treat one, they are joined."""
+    if experiment.plans is not None:  # training may have put other layers in their place
+        return experiment.plans
     plans: dict[str, LayerPlan] = {}
     for method in experiment.methods:
         for layer in method.plan(experiment.model):
@@ -208,6 +212,7 @@ def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
                     treatment=f"{before.treatment}, {layer.treatment}",
                     kept=before.kept * layer.kept,
                 )
+    experiment.plans = plans
     return plans
 
 
@@ -287,8 +292,14 @@ def training_set(data: ImageData, augment: str = "auto") -> TrainingSet:
 def _try_the_rest(experiment: Experiment) -> None:
     """Raise now what would otherwise be raised after an hour, or after an old run is gone."""
     train, methods = experiment.recipe.train, experiment.methods
+    layer_plans(experiment)
     for method in methods:
-        method.plan(experiment.model)
+        if method.wants_trained_start and not experiment.recipe.init:
+            warnings.warn(
+                f"{method.key()} is made for a trained network, and this recipe starts from fresh "
+                "weights: give init, such as a run or pretrained",
+                stacklevel=2,
+            )
     if any(method.replaces_loss for method in methods) and (train.mixup or train.cutmix):
         replacing = next(method.key() for method in methods if method.replaces_loss)
         raise UserError(f"{replacing} replaces the batch's loss: set train.mixup and cutmix to 0")
