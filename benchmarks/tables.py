@@ -412,6 +412,12 @@ def cifar10_run() -> str:
     return bench_table("cifar10_run")
 
 
+def small_resnet20() -> str:
+    if not (RESULTS / "small_resnet20.json").is_file():
+        return "*Not measured yet: the commands above.*"
+    return bench_table("small_resnet20")
+
+
 def bench_table(name: str) -> str:
     found = load(name)
     models = found["models"]
@@ -472,6 +478,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "folder_startup": folder_startup,
     "quickstart": quickstart,
     "cifar10_run": cifar10_run,
+    "small_resnet20": small_resnet20,
 }
 
 
