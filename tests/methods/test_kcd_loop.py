@@ -418,6 +418,10 @@ def test_views_are_told_apart():
         found = kcd.loss(image, torch.zeros(8).long(), ids, views=views)
         torch.testing.assert_close(found, distillation_loss(student(image), guide(image)))
     assert kcd.forwards["teacher"] == 16
+    with pytest.raises(UserError, match=r"views from 2 to 2: expected 0 to 1"):
+        kcd.loss(pixels, torch.zeros(8).long(), ids, views=torch.full((8,), 2))
+    with pytest.raises(UserError, match="views=0: expected at least 1"):
+        start(make(teacher_cache="memory"), views=0)
 
 
 def test_a_cache_on_disk_serves_the_next_run_but_no_other_teacher(tmp_path):

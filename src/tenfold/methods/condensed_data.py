@@ -153,7 +153,13 @@ class CondensedSampler(Sampler[int]):
 
 
 def training_set_of(data: CondensedSet, views: int | None) -> TrainingSet:
-    """Describe a plain loop's data set."""
+    """Describe a plain loop's data set.
+
+    Raises:
+        UserError: images that are no tensors, or a number of views below 1.
+    """
+    if views is not None and views < 1:
+        raise UserError(f"views={views}: expected at least 1, the image as it is")
     example = data[0][0]
     if not isinstance(example, Tensor):
         raise UserError(

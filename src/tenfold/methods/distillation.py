@@ -150,6 +150,12 @@ class Distillation:
                 "from 0, or attach(…, views=1) where nothing random is done to images"
             )
         ids, views = ids.cpu(), views.cpu()
+        number = self.knowledge.data.views or 1
+        if len(views) and (int(views.min()) < 0 or int(views.max()) >= number):
+            raise UserError(
+                f"views from {int(views.min())} to {int(views.max())}: expected 0 to {number - 1}, "
+                "as many as attach(…, views=…) says"
+            )
         versions = self.knowledge.versions[ids]
         lasting = self.knowledge.cacheable(ids)
         known = self.cache.known(ids, views, versions) & lasting

@@ -53,18 +53,8 @@ class FeatureLoss(nn.Module):
     ):
         super().__init__()
         self.name = name
+        check_features(name, student, teacher)
         pairs = list(zip(student, teacher, strict=True))
-        for ours, theirs in pairs:
-            if not (2 <= len(ours) <= 4 and 2 <= len(theirs) <= 4):
-                raise UserError(
-                    f"features of shape {tuple(ours)} and {tuple(theirs)}: expected maps "
-                    "(B, C, H, W), tokens (B, N, C) or vectors (B, C); name other layers"
-                )
-            if name == "at" and 2 in (len(ours), len(theirs)):
-                raise UserError(
-                    "distiller at compares where features are large, and these layers give "
-                    "vectors: name layers ahead of the pooling"
-                )
         made: list[nn.Module] = []
         # Weights of their own: the same in every run, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
@@ -96,6 +86,23 @@ class FeatureLoss(nn.Module):
     def local_buffers(self) -> list[str]:
         """Names of buffers that every process computes alike."""
         return [name for name, _ in self.named_buffers()]
+
+
+def check_features(
+    name: str, student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]
+) -> None:
+    """Refuse shapes of features that a distiller can't compare."""
+    for ours, theirs in zip(student, teacher, strict=True):
+        if not (2 <= len(ours) <= 4 and 2 <= len(theirs) <= 4):
+            raise UserError(
+                f"features of shape {tuple(ours)} and {tuple(theirs)}: expected maps "
+                "(B, C, H, W), tokens (B, N, C) or vectors (B, C); name other layers"
+            )
+        if name == "at" and 2 in (len(ours), len(theirs)):
+            raise UserError(
+                "distiller at compares where features are large, and these layers give "
+                "vectors: name layers ahead of the pooling"
+            )
 
 
 def check_layers(

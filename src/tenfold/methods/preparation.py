@@ -13,7 +13,7 @@ from tenfold.errors import UserError
 from tenfold.methods.condensation import check_logits
 from tenfold.methods.distillation import Distillation, Weights
 from tenfold.methods.distillers import DISTILLERS
-from tenfold.methods.feature_loss import FeatureLoss
+from tenfold.methods.feature_loss import FeatureLoss, check_features
 from tenfold.methods.features import Taps, evaluated
 from tenfold.methods.knowledge import KnowledgeSet
 from tenfold.methods.teacher import Teacher
@@ -104,7 +104,7 @@ def prepare(
         )
     teacher = _teacher(kcd, network, model)
     try:
-        logits, theirs = teacher.answer(data.example)
+        logits, theirs = teacher.answer(data.example.to(teacher.device))
         check_logits(logits)
         if data.num_classes not in (None, logits.shape[1]):
             raise UserError(
@@ -113,7 +113,7 @@ def prepare(
             )
         ours = evaluated(model, data.example, kcd.layers) if kcd.layers else []
         shapes = [feature.shape for feature in ours], [feature.shape for feature in theirs]
-        FeatureLoss(kcd.distiller, *shapes, data.labels, negatives=1)
+        check_features(kcd.distiller, *shapes)
     except BaseException:
         teacher.remove()
         raise

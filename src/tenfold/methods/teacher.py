@@ -39,6 +39,12 @@ class Teacher:
         self.check()
         self._taps = Taps(network, layers, "teacher")
         self._device: torch.device | None = None
+        self._digest: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is at present."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
     def check(self) -> None:
         """Refuse a teacher that would learn.
@@ -86,12 +92,15 @@ class Teacher:
         return torch.autocast(device, torch.bfloat16)
 
     def digest(self) -> int:
-        """Return a checksum of its weights and buffers."""
+        """Return a checksum of its weights and buffers, as they were when first asked."""
+        if self._digest is not None:
+            return self._digest
         found = 0
         for value in self.network.state_dict().values():
             if isinstance(value, Tensor):
                 data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 found = zlib.crc32(data.numpy().tobytes(), found)
+        self._digest = found
         return found
 
     def remove(self) -> None:

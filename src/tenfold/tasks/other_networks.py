@@ -148,7 +148,8 @@ def _pretrained(name: str, data: ImageData, what: str) -> nn.Module:
 
 def frozen(network: nn.Module) -> nn.Module:
     """Return a network in evaluation mode whose parameters want no gradients."""
-    return network.eval().requires_grad_(False)
+    ready: nn.Module = network.eval().requires_grad_(False)
+    return ready.to(memory_format=torch.channels_last)
 
 
 def renormalize(
