@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "layout.h"
+#include "live.h"
 #include "memory.h"
 #include "nm.h"
 #include "normalize.h"
@@ -23,6 +24,7 @@ using tenfold::Attention;
 using tenfold::Conv2d;
 using tenfold::LayerNorm;
 using tenfold::Linear;
+using tenfold::LiveGradient;
 using tenfold::MaxPool2d;
 using tenfold::MeanPool;
 using tenfold::Transpose;
@@ -40,12 +42,14 @@ struct Kernels {
   double (*peak)(bool);
   bool (*winograd3d)(const Winograd3d&);
   void (*transpose)(const Transpose&);
+  bool (*live_gradient)(const LiveGradient&);
 };
 #define TENFOLD_KERNELS(isa)                                                            \
   {                                                                                     \
     tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::attention,          \
         tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::layer_norm,    \
-        tenfold::isa::peak, tenfold::isa::winograd3d, tenfold::isa::transpose           \
+        tenfold::isa::peak, tenfold::isa::winograd3d, tenfold::isa::transpose,          \
+        tenfold::isa::live_gradient                                                     \
   }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
@@ -276,6 +280,41 @@ void layer_norm(Address x, Address weight, Address bias, Address out, long rows,
                       features, epsilon, threads});
 }
 
+void live_gradient(Address x, Address gradient, Address live, Address channel, Address row,
+                   Address column, Address out, long images, long height, long width, long channels,
+                   long out_height, long out_width, long outputs, long weights, long stride_y,
+                   long stride_x, long first_row, long rows, long first_column, long columns,
+                   int threads) {
+  const LiveGradient problem{reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const float*>(gradient),
+                             reinterpret_cast<const std::uint8_t*>(live),
+                             reinterpret_cast<const std::int32_t*>(channel),
+                             reinterpret_cast<const std::int32_t*>(row),
+                             reinterpret_cast<const std::int32_t*>(column),
+                             reinterpret_cast<float*>(out),
+                             images,
+                             height,
+                             width,
+                             channels,
+                             out_height,
+                             out_width,
+                             outputs,
+                             weights,
+                             stride_y,
+                             stride_x,
+                             first_row,
+                             rows,
+                             first_column,
+                             columns,
+                             threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.live_gradient(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -293,5 +332,6 @@ NB_MODULE(_kernels, m) {
   m.def("max_pool2d", max_pool2d);
   m.def("mean_pool", mean_pool);
   m.def("layer_norm", layer_norm);
+  m.def("live_gradient", live_gradient);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

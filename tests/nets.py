@@ -42,6 +42,11 @@ def volumes(num_classes: int, channels: int = 1, width: int = 8) -> nn.Module:
     )
 
 
+def deep(num_classes: int) -> nn.Module:
+    """Takes images of 8 x 8 and reads them as volumes of 4 x 4 x 4."""
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 4, 4, 4)), volumes(num_classes))
+
+
 class Bomb(nn.Module):
     """Gives NaN from its `fuse`-th training batch on."""
 

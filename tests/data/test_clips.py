@@ -106,7 +106,9 @@ def test_training_starts_elsewhere_in_every_epoch() -> None:
     assert max(s for starts in seen for s in starts.values()) > 8
 
 
-@pytest.mark.parametrize("augment", ["none", "shift", "flip_crop", "imagenet", "randaugment"])
+@pytest.mark.parametrize(
+    "augment", ["none", "flip", "shift", "flip_crop", "imagenet", "randaugment"]
+)
 def test_only_seed_epoch_and_id_decide(augment: str) -> None:
     data = clip_data(train=(clips := numbered()))
 
@@ -134,6 +136,18 @@ def test_all_frames_of_a_clip_go_the_same_way(augment: str) -> None:
         got = epoch(data.train_loader(batch_size=5, seed=0, augment=augment, workers=0), number)
         assert torch.equal(got["clip"], got["clip"][:, :, :1].expand_as(got["clip"]))
         assert not torch.equal(got["clip"], epoch(data.test_loader(batch_size=5), 0)["clip"])
+
+
+def test_flip_mirrors_whole_clips_left_and_right() -> None:
+    pixels = torch.randint(0, 256, (12, 3, 4, 16, 16), dtype=torch.uint8)
+    clips = ArrayClips(pixels, [0] * 12, "noise")
+    data = clip_data(train=clips, test=clips, preprocessing=preprocessing(stride=1))
+    got = epoch(data.train_loader(batch_size=12, seed=0, augment="flip", workers=0), 0)
+    ways = [
+        (torch.equal(clip, pixels[i]), torch.equal(clip, pixels[i].flip(-1)))
+        for i, clip in zip(got["id"].tolist(), got["clip"], strict=True)
+    ]
+    assert {*ways} == {(True, False), (False, True)}
 
 
 def test_clips_that_fit_are_decoded_once(monkeypatch) -> None:
@@ -187,7 +201,7 @@ def test_preprocessing_travels_and_that_of_images_is_as_it_was() -> None:
 
 def test_flips_are_refused_where_they_change_the_class() -> None:
     data = clip_data(mirror=False)
-    for augment in ("flip_crop", "imagenet"):
+    for augment in ("flip", "flip_crop", "imagenet"):
         with pytest.raises(UserError, match="a mirrored clip of mine is of another class"):
             data.train_loader(batch_size=2, seed=0, augment=augment)
     for augment in ("none", "shift", "auto", "randaugment"):
@@ -201,6 +215,8 @@ def test_wrong_arguments() -> None:
         clip_data().train_loader(batch_size=0, seed=0)
     with pytest.raises(UserError, match="workers is -1"):
         clip_data().test_loader(batch_size=1, workers=-1)
+    with pytest.raises(UserError, match="mine gives clips: expected images"):
+        clip_data().train_loader(batch_size=2, seed=0, views=True)
 
 
 @pytest.mark.parametrize(

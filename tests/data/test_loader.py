@@ -17,7 +17,7 @@ from tenfold.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-ALL_KINDS = ["none", "shift", "flip_crop", "imagenet", "randaugment"]
+ALL_KINDS = ["none", "flip", "shift", "flip_crop", "imagenet", "randaugment"]
 
 
 def epoch(loader: ImageLoader, number: int) -> dict[str, Tensor]:
@@ -204,3 +204,66 @@ def test_bad_image_in_a_loader_is_one_line(folder, workers: int) -> None:
     assert str(root / "train") in text  # names the file itself
     assert "2 of 12 train images can't be read (train/cat/01.jpg, train/dog/02.jpg)" in text
     assert text.endswith("pass --data.skip_bad true to go on without them")
+
+
+# -- images that a method changes, and views -------------------------------------------------------
+
+
+class Half:
+    """Ids below 3 are stored black; id 5 gets half of the view of id 1."""
+
+    def replaced(self, ids: Tensor, images: Tensor) -> Tensor:
+        images[ids < 3] = 0
+        return images
+
+    def blended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at = torch.nonzero(ids == 5).flatten()
+        return at, torch.ones_like(at), torch.full((len(at),), 0.5)
+
+    def blend(self, images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+        return (images.float() * 0.5 + partners.float() * 0.5).to(torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("augment", ["none", "flip_crop", "imagenet"])
+def test_a_method_changes_images_ahead_of_augmentation_or_mixes_views(
+    data: ImageData, augment: str, workers: int
+) -> None:
+    options = {"batch_size": 6, "seed": 5, "augment": augment, "workers": workers}
+    plain = epoch(data.train_loader(**options), 2)
+    changed = epoch(data.train_loader(**options, mixing=Half()), 2)
+    assert torch.equal(plain["id"], changed["id"])
+    images = dict(zip(plain["id"].tolist(), plain["image"], strict=True))
+    for number, image in zip(changed["id"].tolist(), changed["image"], strict=True):
+        if number == 5:
+            partner = images[1].float()
+            if augment != "imagenet":  # which takes images as they are stored, of any size
+                partner = torch.zeros_like(partner)
+            expected = (0.5 * images[5].float() + 0.5 * partner).to(torch.uint8)
+            assert torch.equal(image, expected)
+        elif number < 3 and augment != "imagenet":
+            assert not bool(image.any())
+        else:
+            assert torch.equal(image, images[number])
+    assert bool(data.train_images(torch.arange(3)).any()), "the data itself is as it was"
+
+
+def test_batches_say_which_view_an_image_is(data: ImageData) -> None:
+    options = {"batch_size": 6, "seed": 5, "augment": "flip_crop"}
+    assert "view" not in epoch(data.train_loader(**options), 0)
+    found = [epoch(data.train_loader(**options, views=True), number)["view"] for number in (0, 1)]
+    assert data.train_views("flip_crop") == 50
+    assert all(0 <= int(view) < 50 for views in found for view in views)
+    assert not torch.equal(*found)
+    assert data.train_views("imagenet") is None
+    with pytest.raises(UserError, match="too many views of an image to number them"):
+        data.train_loader(batch_size=6, seed=0, augment="imagenet", views=True)
+
+
+def test_training_images_by_id(data: ImageData) -> None:
+    found = data.train_images(torch.tensor([4, 0]))
+    assert torch.equal(found[0], data.train.image(4))
+    found.zero_()
+    assert bool(data.train.image(4).any())
+    assert not data.crops_stored_images("flip_crop")
+    assert data.crops_stored_images("imagenet")

@@ -35,6 +35,19 @@ def test_training_ranks_get_the_same_number_and_cover_all(
     assert max(repeats) - min(repeats) <= 1  # padded by wrapping around
 
 
+@given(n=sizes, world=worlds, seed=seeds, epoch=epochs)
+def test_repeats_are_what_makes_shares_equal(n: int, world: int, seed: int, epoch: int) -> None:
+    drawn: list[int] = []
+    for rank in range(world):
+        sampler = EpochSampler(n, seed, True, rank, world)
+        ids = [key - epoch * n for key in keys(sampler, epoch)]
+        repeats = sampler.repeats().tolist()
+        assert set(repeats) <= set(ids)
+        drawn += [i for i in ids if i not in repeats]
+    assert sorted(drawn) == list(range(n)), "every id counts once"
+    assert len(EpochSampler(n, seed, False, 0, world).repeats()) == 0
+
+
 @given(n=sizes, world=worlds, epoch=epochs)
 def test_evaluation_ranks_share_without_padding(n: int, world: int, epoch: int) -> None:
     for rank in range(world):
@@ -53,6 +66,7 @@ def test_restricted_sampler_draws_just_those_ids(
     sampler.restrict(torch.tensor(sorted(chosen)))
     assert len(sampler) == len(chosen)
     assert sorted(keys(sampler, epoch)) == [epoch * n + i for i in sorted(chosen)]
+    assert sampler.pool.tolist() == list(range(n))
     sampler.restrict(None)
     assert len(sampler) == n
 

@@ -6,7 +6,7 @@ import torch
 
 from tenfold.data import augmentations
 from tenfold.data.randomness import below, mix, mix_one
-from tenfold.data.transforms import SampleTransform, resolve, shift_and_flip
+from tenfold.data.transforms import BatchTransform, SampleTransform, resolve, shift_and_flip
 from tenfold.errors import UserError
 
 COUNT, SIDE, PAD = 1000, 16, 2
@@ -102,7 +102,7 @@ def test_sample_transforms(name: str, channels: int) -> None:
 @pytest.mark.unit
 def test_names_resolve() -> None:
     assert set(augmentations()) == {
-        "auto", "none", "shift", "flip_crop", "imagenet", "randaugment"
+        "auto", "none", "flip", "shift", "flip_crop", "imagenet", "randaugment"
     }  # fmt: skip
     for name, description in augmentations().items():
         assert description
@@ -117,3 +117,40 @@ def test_names_resolve() -> None:
 def test_unknown_name_suggests() -> None:
     with pytest.raises(UserError, match="unknown augmentation 'randaug': did you mean randaugment"):
         resolve("randaug", "none")
+
+
+# -- views ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["none", "flip", "shift", "flip_crop"])
+def test_equal_views_are_equal_images_and_others_differ(images, name) -> None:
+    augmentation = resolve(name, "none")
+    transform = BatchTransform(augmentation, (SIDE, SIDE), seed=3)
+    epochs, ids = np.arange(COUNT), np.zeros(COUNT, np.int64)
+    out = transform(
+        epochs, ids, stored=lambda _: images[0],
+        fitted=lambda: images.expand(COUNT, -1, -1, -1).clone(),
+    )  # fmt: skip
+    views = transform.views(epochs, ids)
+    number = augmentation.views((SIDE, SIDE))
+    assert number == {"none": 1, "flip": 2, "shift": 25, "flip_crop": 50}[name]
+    assert views.dtype == np.int64
+    assert sorted(set(views.tolist())) == list(range(number))
+    seen: dict[int, bytes] = {}
+    for view, image in zip(views.tolist(), out, strict=True):
+        assert seen.setdefault(view, image.numpy().tobytes()) == image.numpy().tobytes()
+    assert len(set(seen.values())) == number
+
+
+@pytest.mark.parity
+def test_mirroring_alone_mirrors_what_mirroring_after_a_crop_does(images) -> None:
+    crops = [mirrored for _, _, mirrored in moves(images, flip=True)]
+    transform = BatchTransform(resolve("flip", "none"), (SIDE, SIDE), seed=0)
+    views = transform.views(np.zeros(COUNT, np.int64), np.arange(COUNT))
+    assert views.tolist() == [int(flipped) for flipped in crops]
+
+
+@pytest.mark.parametrize("name", ["imagenet", "randaugment"])
+def test_views_that_can_not_be_counted(name) -> None:
+    assert resolve(name, "flip_crop").views((32, 32)) is None

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Kind, Method, find, in_order, registry
@@ -18,9 +19,25 @@ from tests.made_up import Focal, Gain, Hermit, OtherLoss
 pytestmark = pytest.mark.unit
 
 # How to make each registered method; a new one fails `test_every_method_has_a_sample` until added.
-SAMPLES = {"lbc": {"n": 2, "m": 4}, "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4}}
+SAMPLES = {
+    "lbc": {"n": 2, "m": 4},
+    "lts": {"bits": 4},
+    "kcd": {
+        "teacher": nn.Linear(8, 4).eval().requires_grad_(False),
+        "stages": 2,
+        "augment_max": 0.0,
+    },
+    "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4},
+}
+# What `attach` takes in place of a number of steps.
+ATTACHED = {
+    "kcd": {"dataset": TensorDataset(torch.randn(24, 8), torch.arange(24) % 4), "epochs": 2},
+}
 # Methods whose result no plain layer can hold: they leave layers of tenfold.nn behind.
-INFERENCE_LAYERS = {"winograd3d": {"Conv3d": "WinogradConv3d"}}
+INFERENCE_LAYERS = {
+    "lts": {"Linear": "QuantizedLinear"},
+    "winograd3d": {"Conv3d": "WinogradConv3d"},
+}
 
 
 def network() -> nn.Sequential:
@@ -98,17 +115,17 @@ class TestEveryMethod:
         expected = model.eval()(x)
         model = method.finalize(model)
         torch.testing.assert_close(model(x), expected)
-        if key in INFERENCE_LAYERS:
-            others = INFERENCE_LAYERS[key]
-            found = [type(m).__name__ for m in model.modules()]
+        others = INFERENCE_LAYERS.get(key, {})
+        found = [type(m).__name__ for m in model.modules()]
+        for before, after in zip(types, found, strict=True):
+            assert after in (before.__name__, others.get(before.__name__))
+        if others:
             assert found != [t.__name__ for t in types]
-            for before, after in zip(types, found, strict=True):
-                assert after in (before.__name__, others.get(before.__name__))
-            assert not any("parametrizations" in name for name in model.state_dict())
         else:
             assert list(model.state_dict()) == keys
-            assert [type(m) for m in model.modules()] == types
-        step(model, optimizer)  # no hook is left that would complain
+        assert not any("parametriz" in k or k.startswith("tenfold_") for k in model.state_dict())
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            step(model, optimizer)  # no hook is left that would complain
 
     def test_one_epoch_is_enough(self, key):
         method = self.make(key)
@@ -123,7 +140,7 @@ class TestEveryMethod:
 
     def test_state_survives_weights_only_loading(self, key, tmp_path):
         method = self.make(key)
-        method.attach(network_for(key), total_steps=6)
+        method.attach(network_for(key), **ATTACHED.get(key, {"total_steps": 6}))
         torch.save(method.state_dict(), tmp_path / "state")
         method.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
 

@@ -161,6 +161,10 @@ def test_plan_and_other_methods_see_the_convolutions() -> None:
         ({"data": "digits"}, r"doesn't take an image of 1x8x8|c3d can't be built"),
         ({"model": {"name": "unet3d", "levels": 1, "width": 1}}, "for one clip: expected logits"),
         ({"train": {"augment": "flip_crop"}}, "a mirrored clip of motions is of another class"),
+        (
+            {"methods": {"kcd": {"teacher": "c3d"}}},
+            r"methods\.kcd: it looks at training images, and motions gives clips",
+        ),
     ],
 )
 def test_what_is_refused_before_anything_starts(changes: dict[str, Any], text: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold.data.base import ClipSet
 from tenfold.data.labelled import LabelledData, at_least, whole
-from tenfold.data.loader import FittedSamples, ImageLoader, load_batches
+from tenfold.data.loader import Batch, FittedSamples, ImageLoader, Mixing, load_batches
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.randomness import below, mix
 from tenfold.data.split import ClipSplit, cpu_count
@@ -110,6 +110,8 @@ class ClipData(LabelledData):
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> ImageLoader:
         """Return shuffled, augmented batches of the training clips.
 
@@ -122,11 +124,18 @@ class ClipData(LabelledData):
             rank: which of the processes this is.
             world_size: how many there are; each gets the same number of clips.
             workers: loader processes.
+            mixing: is for images; refused.
+            views: likewise.
 
         Raises:
-            UserError: an argument is out of range or unknown, or flips clips whose class changes
-                with it; while iterating, an unreadable clip.
+            UserError: an argument is out of range, unknown or for images, or flips clips whose
+                class changes with it; while iterating, an unreadable clip.
         """
+        if mixing is not None or views:
+            raise UserError(
+                f"{self.name} gives clips: expected images, which alone are mixed and have views "
+                "that are numbered; leave out the method that wants it"
+            )
         augmentation = resolve(augment, self.default_augment)
         if augmentation.flip and not self.mirror:
             raise UserError(
@@ -245,8 +254,6 @@ class _FittedClips(FittedSamples):
 class _ClipSource:
     """Clips of a split: their frames chosen, resized, cropped and augmented."""
 
-    key = "clip"
-
     def __init__(
         self, clips: ClipSet, fitted: _FittedClips, augmentation: Augmentation | None, seed: int
     ) -> None:
@@ -257,7 +264,7 @@ class _ClipSource:
             augmentation or Augmentation("none"), fitted.facts.size, seed
         )
 
-    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
+    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:
         words = mix(self.seed, epochs, ids, 4).tolist() if self.training else [None] * len(ids)
 
         def stored(number: int) -> Tensor:
@@ -269,4 +276,4 @@ class _ClipSource:
             facts = self.fitted.facts
             return torch.stack([facts.fit(stored(number)) for number in range(len(ids))])
 
-        return self.transform(epochs, ids, stored=stored, fitted=fitted)
+        return {"clip": self.transform(epochs, ids, stored=stored, fitted=fitted)}

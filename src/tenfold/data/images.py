@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tenfold.data.base import ImageSet
 from tenfold.data.labelled import LabelledData, at_least, whole
-from tenfold.data.loader import FittedImages, ImageLoader, make_loader
+from tenfold.data.loader import FittedImages, ImageLoader, Mixing, make_loader
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.split import Split
 from tenfold.data.stream import StreamSplit
@@ -103,6 +103,8 @@ class ImageData(LabelledData):
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> ImageLoader | StreamLoader:
         """Return shuffled, augmented batches of the training images.
 
@@ -117,20 +119,51 @@ class ImageData(LabelledData):
             world_size: how many there are; each gets the same number of images.
             workers: loader processes; None: 0 where nothing is slow (images kept in memory, no
                 transforms per sample), else up to 4.
+            mixing: changes images as they are loaded; a method brings it.
+            views: have each batch say in `view` which of its views every image is, int64 `(B,)`;
+                for augmentations whose views can be counted, see `train_views`.
 
         Raises:
             UserError: an argument is out of range or unknown; while iterating, an unreadable image.
         """
+        if mixing is not None or views:
+            self._indexed(self._train)
+        if views and self.train_views(augment) is None:
+            raise UserError(
+                f"augment {augment!r} makes too many views of an image to number them: use none, "
+                "flip, shift or flip_crop"
+            )
         return self._loader(
             self._train,
             self._fitted_train,
             resolve(augment, self.default_augment),
+            mixing=mixing,
+            views=views,
             batch_size=batch_size,
             seed=whole("seed", seed),
             rank=rank,
             world_size=world_size,
             workers=workers,
         )
+
+    def train_views(self, augment: str = "auto") -> int | None:
+        """Return how many different images augmentation makes of one; None: too many to count."""
+        return resolve(augment, self.default_augment).views(self.size)
+
+    def crops_stored_images(self, augment: str = "auto") -> bool:
+        """Tell whether augmentation crops images as they are stored, of any size."""
+        return resolve(augment, self.default_augment).resized_crop
+
+    def train_images(self, ids: Tensor) -> Tensor:
+        """Return training images by id at the network's size: uint8 `(B, C, H, W)`, a copy.
+
+        Raises:
+            UserError: a stream, or an image that can't be read.
+        """
+        part = self._indexed(self._train)
+        fitted = self._fitted_train or FittedImages(part.images, self._facts)
+        with part.explaining():
+            return fitted.batch(ids)
 
     def test_loader(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int | None = None
@@ -162,6 +195,8 @@ class ImageData(LabelledData):
         rank: int,
         world_size: int,
         workers: int | None,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> ImageLoader | StreamLoader:
         at_least("batch_size", batch_size, 1)
         workers = self._workers_or(workers)
@@ -185,4 +220,6 @@ class ImageData(LabelledData):
             rank=rank,
             world_size=world_size,
             workers=workers,
+            mixing=mixing,
+            views=views,
         )

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tenfold.data.loader import ImageLoader
+from tenfold.data.loader import ImageLoader, Mixing
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.data.stream_loader import StreamLoader
 from tenfold.errors import UserError
@@ -107,6 +107,8 @@ class LabelledData(ABC):
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> ImageLoader | StreamLoader:
         """Return shuffled, augmented batches of the training samples."""
 

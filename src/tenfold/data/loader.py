@@ -29,6 +29,7 @@ __all__ = [
     "FittedImages",
     "FittedSamples",
     "ImageLoader",
+    "Mixing",
     "Source",
     "load_batches",
     "make_loader",
@@ -109,6 +110,22 @@ class FittedImages(FittedSamples):
         return self.images.image(index)
 
 
+class Mixing(Protocol):
+    """What changes training images while they are loaded; loader processes get it too."""
+
+    def replaced(self, ids: Tensor, images: Tensor) -> Tensor:
+        """Return what stands in place of fitted images `(B, C, H, W)`, ahead of augmentation."""
+        ...
+
+    def blended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return positions in a batch that get another image's view, whose, and how much of it."""
+        ...
+
+    def blend(self, images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+        """Return augmented images `(L, C, H, W)` with their partners' views mixed in."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Failure:
     """A bad sample's way out of a worker: DataLoader would wrap an exception in a traceback."""
@@ -120,33 +137,53 @@ class _Failure:
 class Source(Protocol):
     """Makes the inputs of a batch."""
 
-    key: str
-    """What they are called in a batch."""
-
-    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
-        """Return uint8 `(B, ...)`; only the seed and each sample's epoch and id decide."""
+    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:
+        """Return uint8 `(B, ...)` by name; only the seed and each sample's epoch and id decide."""
 
 
 class _ImageSource:
-    """Images of a split, augmented."""
-
-    key = "image"
+    """Images of a split, augmented, and changed by a method if it wants to."""
 
     def __init__(
-        self, split: Split, fitted: FittedImages, augmentation: Augmentation | None, seed: int
+        self,
+        split: Split,
+        fitted: FittedImages,
+        augmentation: Augmentation | None,
+        seed: int,
+        mixing: Mixing | None = None,
+        views: bool = False,
     ) -> None:
         self.split = split
         self.fitted = fitted
+        self.mixing = mixing
+        self.views = views
         self.transform = BatchTransform(
             augmentation or Augmentation("none"), fitted.facts.size, seed
         )
 
-    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
+    def __call__(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:
+        chosen = torch.from_numpy(ids)
+        images = self._images(epochs, chosen)
+        if self.mixing is not None:
+            at, partners, shares = self.mixing.blended(chosen)
+            if len(at):
+                others = self._images(epochs[at.numpy()], partners)
+                images[at] = self.mixing.blend(images[at], others, shares)
+        batch = {"image": images}
+        if self.views:
+            batch["view"] = torch.from_numpy(self.transform.views(epochs, ids))
+        return batch
+
+    def _images(self, epochs: NDArray[np.int64], ids: Tensor) -> Tensor:
+        def fitted() -> Tensor:
+            images = self.fitted.batch(ids)
+            return images if self.mixing is None else self.mixing.replaced(ids, images)
+
         return self.transform(
             epochs,
-            ids,
+            ids.numpy(),
             stored=lambda number: self.split.images.image(int(ids[number])),
-            fitted=lambda: self.fitted.batch(torch.from_numpy(ids)),
+            fitted=fitted,
         )
 
 
@@ -174,11 +211,7 @@ class _Batches(Dataset[Any]):
     def _batch(self, keys: list[int]) -> Batch:
         epochs, ids = np.divmod(np.array(keys, dtype=np.int64), len(self))
         chosen = torch.from_numpy(ids)
-        return {
-            self.source.key: self.source(epochs, ids),
-            "label": self.labels[chosen],
-            "id": chosen,
-        }
+        return {**self.source(epochs, ids), "label": self.labels[chosen], "id": chosen}
 
 
 class ImageLoader(DataLoader[Any]):
@@ -211,6 +244,8 @@ def make_loader(
     rank: int,
     world_size: int,
     workers: int | None,
+    mixing: Mixing | None = None,
+    views: bool = False,
 ) -> ImageLoader:
     """Make the loader of one split; without an augmentation it is one for evaluation.
 
@@ -222,7 +257,7 @@ def make_loader(
         workers = 0 if fitted.kept and not slow else min(4, cpu_count())
     return load_batches(
         split,
-        _ImageSource(split, fitted, augmentation, seed),
+        _ImageSource(split, fitted, augmentation, seed, mixing, views),
         batch_size=batch_size,
         seed=seed,
         shuffle=augmentation is not None,

@@ -45,6 +45,10 @@ class EpochSampler(Sampler[int]):
         world_size: how many processes there are.
         ids: the ids in use, by default all n.
 
+    Attributes:
+        ids: what is drawn from at present, see `restrict`.
+        pool: the ids in use from the start.
+
     Example:
         >>> sampler = EpochSampler(4, seed=0, shuffle=False)
         >>> sampler.set_epoch(2)
@@ -70,6 +74,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
         self.ids = torch.arange(n)
         self.restrict(ids)
+        self.pool = self.ids
 
     def restrict(self, ids: Tensor | None) -> None:
         """Draw from these ids only, from the next epoch on; None means all.
@@ -87,6 +92,21 @@ class EpochSampler(Sampler[int]):
             )
         self.ids = ids
 
+    def repeats(self) -> Tensor:
+        """Return the ids that this rank draws in this epoch only to have as many as the others.
+
+        Another rank draws them as its own; who counts visits leaves them out here.
+        """
+        if not self.shuffle:
+            return self.ids[:0]
+        order = self._order()
+        place = torch.arange(len(order), len(self) * self.world_size)
+        return order[place[place % self.world_size == self.rank] % len(order)]
+
+    def _order(self) -> Tensor:
+        generator = torch.Generator().manual_seed(mix_one(self.seed, self.epoch))
+        return self.ids[torch.randperm(len(self.ids), generator=generator)]
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
         check_epoch(epoch)
@@ -100,8 +120,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = self.ids
         if self.shuffle:
-            generator = torch.Generator().manual_seed(mix_one(self.seed, self.epoch))
-            order = order[torch.randperm(len(order), generator=generator)]
+            order = self._order()
             order = order[torch.arange(len(self) * self.world_size) % len(order)]
         first_key = self.epoch * self.n
         # In pieces: as Python's numbers, a million keys at once would take 40 MB for all the epoch.

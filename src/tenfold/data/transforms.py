@@ -43,9 +43,26 @@ class Augmentation:
     flip: bool = False
     policy: bool = False
 
+    def views(self, size: tuple[int, int]) -> int | None:
+        """Return how many different images come of one of this size; None: too many to count.
+
+        >>> Augmentation("", shift=True, flip=True).views((32, 32))
+        162
+        """
+        if self.resized_crop or self.policy:
+            return None
+        rows, columns = (2 * pad + 1 for pad in padding(size)) if self.shift else (1, 1)
+        return rows * columns * (2 if self.flip else 1)
+
+
+def padding(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns that are padded on each side ahead of a shift: an eighth."""
+    return max(1, size[0] // 8), max(1, size[1] // 8)
+
 
 _KNOWN = {
     "none": Augmentation("the image as it is"),
+    "flip": Augmentation("mirror left and right, half of the time", flip=True),
     "shift": Augmentation("random crop after padding by 1/8, no flip", shift=True),
     "flip_crop": Augmentation("random crop after padding by 1/8, flip", shift=True, flip=True),
     "imagenet": Augmentation("random resized crop, flip", resized_crop=True, flip=True),
@@ -93,16 +110,34 @@ def shift_and_flip(
     shape = images.shape
     images = images.flatten(1, -3)
     count, _, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
+    pad_y, pad_x = padding((height, width))
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (pad_y, pad_y), (pad_x, pad_x)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    top, left = places((height, width), seed, epochs, ids)
+    out = torch.from_numpy(np.ascontiguousarray(windows[np.arange(count), :, top, left]))
+    return (mirror(out, seed, epochs, ids) if flip else out).reshape(shape)
+
+
+def places(
+    size: tuple[int, int], seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each image's window begins in the padded one: rows and columns, `(B,)`."""
+    pad_y, pad_x = padding(size)
     top = below(2 * pad_y + 1, mix(seed, epochs, ids, 0))
-    left = below(2 * pad_x + 1, mix(seed, epochs, ids, 1))
-    out = np.ascontiguousarray(windows[np.arange(count), :, top, left])
-    if flip:
-        mirrored = below(2, mix(seed, epochs, ids, 2)) == 1
-        out[mirrored] = out[mirrored, :, :, ::-1]
-    return torch.from_numpy(out).reshape(shape)
+    return top, below(2 * pad_x + 1, mix(seed, epochs, ids, 1))
+
+
+def mirrored(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 1 for images that are mirrored, 0 for others, `(B,)`."""
+    return below(2, mix(seed, epochs, ids, 2))
+
+
+def mirror(images: Tensor, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> Tensor:
+    """Mirror half of the images `(B, ..., H, W)`, in place, and return them."""
+    chosen = mirrored(seed, epochs, ids) == 1
+    pixels = images.numpy()
+    pixels[chosen] = pixels[chosen][..., ::-1]
+    return images
 
 
 class SampleTransform:
@@ -151,6 +186,7 @@ class BatchTransform:
 
     def __init__(self, augmentation: Augmentation, size: tuple[int, int], seed: int) -> None:
         self.augmentation = augmentation
+        self.size = size
         self.seed = seed
         self._sample = SampleTransform(augmentation, size)
 
@@ -169,7 +205,7 @@ class BatchTransform:
             epochs: `(B,)`.
             ids: `(B,)`.
             stored: gives the batch's image of that number as it is stored.
-            fitted: gives the batch resized and cropped; not changed.
+            fitted: gives a copy of the batch, resized and cropped.
         """
         todo = self.augmentation
         draws = list(enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)))
@@ -178,6 +214,18 @@ class BatchTransform:
         images = fitted()
         if todo.shift:
             images = shift_and_flip(images, self.seed, epochs, ids, todo.flip)
+        elif todo.flip:
+            images = mirror(images, self.seed, epochs, ids)
         if todo.policy:
             images = torch.stack([self._sample(images[k], self.seed, e, i) for k, (e, i) in draws])
         return images
+
+    def views(self, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which of its `Augmentation.views` each image is, `(B,)` from 0."""
+        found = np.zeros(len(ids), np.int64)
+        if self.augmentation.shift:
+            top, left = places(self.size, self.seed, epochs, ids)
+            found = top * (2 * padding(self.size)[1] + 1) + left
+        if self.augmentation.flip:
+            found = 2 * found + mirrored(self.seed, epochs, ids)
+        return found

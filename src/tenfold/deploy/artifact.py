@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.deploy.edits import EDITS, from_stored, replay, to_stored
-from tenfold.deploy.fuse import Epilogue
 from tenfold.deploy.optimized import OptimizedModel, reopen
 from tenfold.deploy.plan import OptimizePlan
+from tenfold.deploy.quantized_edits import QUANTIZED_EDITS, store_quantized, stored_integers
 from tenfold.deploy.semi_structured import SemiStructuredLayer
 from tenfold.deploy.winograd_edits import WINOGRAD, winograd_edits
 from tenfold.errors import UserError
@@ -38,6 +38,8 @@ __all__ = ["Artifact", "artifact_bytes", "load", "read", "save"]
 FORMAT = 1
 STRUCTURE, WEIGHTS = "model.json", "weights.safetensors"
 PACKED = "NMPacked"
+# Layers that `finalize` leaves behind: they are there before a model is optimized.
+_FINALIZED = (WINOGRAD, *QUANTIZED_EDITS)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Artifact:
         """Return the weights by name, the packed ones dense again.
 
         Raises:
-            UserError: an optimized model, or one with layers in the Winograd domain, whose weights
-                are no longer those of its network.
+            UserError: an optimized model, or one with quantized layers or layers in the Winograd
+                domain, whose weights are no longer those of its network.
         """
         if self.plan is not None:
             raise UserError(
@@ -75,6 +77,12 @@ class Artifact:
                 "domain and has no 3x3x3 kernel: load the whole model, or give the artifact of the "
                 "model that it was made from"
             )
+        if any(edit.get("type") in QUANTIZED_EDITS for edit in self.edits):
+            raise UserError(
+                f"{self.path} holds a quantized model, whose weights are integers: give the "
+                "artifact of the float model that it was trained from"
+            )
+        _check_edits(self)
         return _unpack(self)
 
 
@@ -89,7 +97,8 @@ def save(
 ) -> Path:
     """Write a finished model as an artifact.
 
-    Weights whose zeros follow an N:M pattern are stored packed, whoever made the pattern.
+    Weights whose zeros follow an N:M pattern are stored packed, whoever made the pattern; the
+    weights of quantized layers take as many bits as they have.
 
     Args:
         model: a plain module, such as `finalize` returns, or what `optimize` made of one.
@@ -248,8 +257,11 @@ def _pack(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     }
     for prefix, layer in layers.items():
         tensors[f"{prefix}values"], tensors[f"{prefix}index"] = to_stored(layer)
+    quantized, replaced, changes = store_quantized(model)
+    tensors |= quantized
+    edits += changes
     for key, value in model.state_dict().items():
-        if key in tensors:
+        if key in tensors or key in replaced:
             continue
         if not isinstance(value, Tensor):
             raise UserError(f"the model's state has {key}, which is no tensor: it can't be saved")
@@ -279,11 +291,10 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
                 "tenfold.load(path, model=…)"
             )
         model = rebuild(artifact.network)
-    epilogues: dict[str, Epilogue] = {}
-    model, _ = replay(model, [edit for edit in artifact.edits if edit.get("type") == WINOGRAD])
-    if artifact.plan is not None:
-        changes = [edit for edit in artifact.edits if edit.get("type") not in (PACKED, WINOGRAD)]
-        model, epilogues = replay(model, changes)
+    _check_edits(artifact)
+    model, _ = replay(model, [edit for edit in artifact.edits if edit["type"] in _FINALIZED])
+    changes = [edit for edit in artifact.edits if edit["type"] not in (PACKED, *_FINALIZED)]
+    model, epilogues = replay(model, changes)
     state = _unpack(artifact)
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -312,6 +323,18 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
     return reopen(model, OptimizePlan.from_dict(artifact.plan), changes, epilogues)
 
 
+def _check_edits(artifact: Artifact) -> None:
+    """Refuse edits that this version doesn't know, or that only an optimized model has."""
+    for edit in artifact.edits:
+        kind = edit.get("type")
+        known = (PACKED, *(_FINALIZED if artifact.plan is None else EDITS))
+        if kind not in known:
+            raise UserError(
+                f"{artifact.path} has an edit of type {kind!r}: this version of tenfold knows "
+                f"{', '.join((PACKED, *EDITS))}; load it with the version that wrote it"
+            )
+
+
 def _unpack(artifact: Artifact) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -322,12 +345,10 @@ def _unpack(artifact: Artifact) -> dict[str, Tensor]:
         raise UserError(f"{artifact.path / WEIGHTS} can't be read: {error}") from error
     for edit in artifact.edits:
         kind = edit.get("type")
-        if kind not in (PACKED, WINOGRAD) and (kind not in EDITS or artifact.plan is None):
-            raise UserError(
-                f"{artifact.path} has an edit of type {kind!r}: this version of tenfold knows "
-                f"{', '.join((PACKED, *EDITS))}; load it with the version that wrote it"
-            )
         prefix = f"{edit['module']}." if edit["module"] else ""
+        if kind in QUANTIZED_EDITS:
+            stored_integers(state, prefix, edit["arguments"])
+            continue
         if kind != PACKED:
             _unpack_layer(state, prefix, edit["arguments"])
             continue

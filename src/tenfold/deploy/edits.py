@@ -11,6 +11,7 @@ file can't name anything else:
                  points, short, channels_last, bias, add, activation, pool
     WinogradConv3d  see `winograd_edits`
     Replaced     nodes of the fused graph that kernels of ours compute: nodes, their names and kinds
+    Quantized…   a layer has integer weights: see `quantized_edits`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
 from tenfold.deploy.fuse import NO_POOL, Epilogue
+from tenfold.deploy.quantized_edits import QUANTIZED_EDITS, quantized_layer
 from tenfold.deploy.winograd_edits import (
     PACKED_WINOGRAD,
     WINOGRAD,
@@ -40,7 +42,7 @@ from tenfold.nn.winograd_packed import PackedWinogradConv3d
 __all__ = ["EDITS", "describe_edits", "from_stored", "replaced_nodes", "replay", "to_stored"]
 
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
-EDITS = ("FoldedNorm", "Bias", "Replaced", *_PACKED, PACKED_WINOGRAD, WINOGRAD)
+EDITS = ("FoldedNorm", "Bias", "Replaced", *_PACKED, PACKED_WINOGRAD, WINOGRAD, *QUANTIZED_EDITS)
 
 
 def describe_edits(
@@ -112,10 +114,7 @@ def replay(
                 "was saved"
             ) from error
         if kind == WINOGRAD:
-            replacement = winograd_layer(module, name, arguments)
-            every = list(network.named_modules(remove_duplicate=False))
-            names = [other for other, found in every if found is module]
-            network = replace_layers(network, dict.fromkeys(names, replacement))
+            network = _put(network, module, winograd_layer(module, name, arguments))
         elif kind in _PACKED or kind == PACKED_WINOGRAD:
             packed = (
                 packed_layer(module, name, arguments)
@@ -124,6 +123,8 @@ def replay(
             )
             network = replace_layers(network, {name: packed})
             epilogues[name] = _epilogue(name, arguments)
+        elif kind in QUANTIZED_EDITS:
+            network = _put(network, module, quantized_layer(kind, module, name, arguments))
         elif kind == "FoldedNorm" and name and remove_norm(network, module):
             continue
         elif kind == "Replaced" and not name:
@@ -153,6 +154,15 @@ def replaced_nodes(edits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             raise UserError(f"Replaced has nodes={nodes!r}: expected names and their kinds")
         found.update(nodes)
     return found
+
+
+def _put(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Replace a module wherever the network holds it, in place; returns the network."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+    return new if network is old else network
 
 
 def to_stored(layer: PackedLayer) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ In eval mode BatchNorm is an affine map per channel, so it can be merged into th
 it. Which layer feeds which BatchNorm is read from the `torch.export` graph, not from module names,
 so that any network works. A pair is folded only when the layer's result goes to that BatchNorm
 alone and both modules are called once. Folding scales whole output channels: a zero weight stays
-zero, so N:M patterns survive. A Winograd layer is many operations in the graph: the module that the
-last of them belongs to says which layer it is.
+zero, so N:M patterns survive. In a quantized layer it changes scales and bias, never the integers. A
+Winograd layer is many operations in the graph: the module that the last of them belongs to says
+which layer it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from tenfold.errors import UserError
 from tenfold.measure.inputs import ExampleInputs, as_inputs, run_once
 from tenfold.measure.quiet import quiet, reason
+from tenfold.nn.quantized import QUANTIZED, QuantizedLayer
 from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["Folded", "eval_copy", "fold_batch_norm", "norm_replacement", "remove_norm"]
@@ -115,6 +117,7 @@ def eval_copy(model: nn.Module) -> nn.Module:
 def _pairs(program: torch.export.ExportedProgram) -> list[_Pair]:
     """Find layer -> BatchNorm pairs whose tensors and results are used nowhere else."""
     signature = program.graph_signature
+    calls = _quantized_calls(program)
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     pairs = []
     for norm in program.graph.nodes:
@@ -122,6 +125,12 @@ def _pairs(program: torch.export.ExportedProgram) -> list[_Pair]:
             continue
         layer = norm.args[0]
         if not isinstance(layer, Node) or len(layer.users) != 1:
+            continue
+        quantized = _quantized(layer, calls)
+        if quantized is not None:
+            norm_module = _owner(norm.args[1:5], names)
+            if norm_module is not None:
+                pairs.append(_Pair(quantized, norm_module))
             continue
         if _op(layer) in _LAYER_OPS:
             layer_module = _owner(layer.args[1:3], names) if _per_channel(layer) else None
@@ -141,6 +150,27 @@ def _winograd_module(last: Node, names: dict[str, str]) -> str | None:
     name = stack[-1][0]
     values = [n for n in last.graph.nodes if names.get(n.name) == f"{name}.values"]
     return name if len(values) == 1 and len(values[0].users) == 1 else None
+
+
+def _quantized_calls(program: torch.export.ExportedProgram) -> dict[str, set[str]]:
+    """Return the calls of each quantized layer, by its name."""
+    calls: dict[str, set[str]] = {}
+    for node in program.graph.nodes:
+        for call, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            if str(kind).rpartition(".")[2] in QUANTIZED:
+                calls.setdefault(path, set()).add(call)
+    return calls
+
+
+def _quantized(result: Node, calls: dict[str, set[str]]) -> str | None:
+    """Return the name of the quantized layer whose result a node is, if it is called once."""
+    stack = list((result.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else None
+    if path is None or len(calls.get(path, ())) != 1:
+        return None
+    # Of a linear layer, the last dimension is the output channel, and BatchNorm takes the second.
+    linear = str(stack[-1][1]).endswith("QuantizedLinear")
+    return None if linear and result.meta["val"].dim() != 2 else str(path)
 
 
 def _op(node: Node) -> str:
@@ -185,6 +215,11 @@ def _fold_pair(model: nn.Module, pair: _Pair) -> bool:
         weight, bias = fuse_linear_bn_weights(
             layer.weight, layer.bias, mean, variance, epsilon, scale, shift
         )
+    elif isinstance(layer, QuantizedLayer):
+        factor = scale / (variance + epsilon).sqrt()
+        layer.fold(factor.detach(), (shift - mean * factor).detach())
+        remove_norm(model, norm)
+        return True
     elif isinstance(layer, _CONVOLUTIONS):
         transposed = isinstance(layer, _TRANSPOSED)
         if transposed and layer.groups > 1:  # its output channels lie in two dimensions

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.quantized import QuantizedLayer
 from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["trace"]
@@ -44,7 +45,7 @@ def trace(network: nn.Module, inputs: int) -> fx.GraphModule:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps PyTorch's and packed layers whole, and remembers which module failed."""
+    """Keeps PyTorch's, packed and quantized layers whole, and remembers which module failed."""
 
     def __init__(self, whole: set[type[nn.Module]]) -> None:
         super().__init__()
@@ -52,7 +53,8 @@ class _Tracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, KernelLayer | WinogradConv3d) or type(m) in self.whole:
+        whole = KernelLayer | QuantizedLayer | WinogradConv3d
+        if isinstance(m, whole) or type(m) in self.whole:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -25,6 +25,7 @@ __all__ = [
     "fits",
     "instruction_set",
     "linear",
+    "live_gradient",
     "missing",
     "peak",
     "prepare_conv2d",
@@ -239,6 +240,37 @@ def _run(prepared: Prepared, x: Tensor, add: Tensor | None) -> Tensor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def live_gradient(
+    x: Tensor,
+    gradient: Tensor,
+    live: Tensor,
+    tables: Sequence[Tensor],
+    out: Tensor,
+    size: Sequence[int],
+    out_size: Sequence[int],
+    stride: Sequence[int],
+    span: Sequence[int],
+) -> None:
+    """Write the gradient of a weight at its live places into `out`; see `tenfold.kernels.live`.
+
+    Args:
+        x: channels last.
+        gradient: channels last.
+        live: bool, `out`'s shape and layout.
+        tables: channel, row and column of the weights of an output, int32.
+        out: zeros.
+        size: images, height, width, channels.
+        out_size: height, width, outputs.
+        stride: of rows and columns.
+        span: first row and how many, first column and how many, of the kernel.
+    """
+    weights = live.numel() // max(1, live.shape[0])
+    _module.live_gradient(
+        x.data_ptr(), gradient.data_ptr(), live.data_ptr(), *[t.data_ptr() for t in tables],
+        out.data_ptr(), *size, *out_size, weights, *stride, *span, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _pointer(name: str, tensor: Tensor | None, shape: Sequence[int]) -> int:

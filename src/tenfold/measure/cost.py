@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet
 from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.quantized import QuantizedLayer
 from tenfold.nn.winograd import WinogradConv3d
 
 __all__ = ["Cost", "LayerCost", "count_cost"]
@@ -168,11 +169,11 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 
 
 def _packed_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the dense form of packed layers' weights, and their biases, which are buffers.
+    """Return the float form of packed and quantized weights, and biases, which are buffers.
 
     A Winograd layer's weights are its kept columns.
     """
-    kinds = (KernelLayer, WinogradConv3d)
+    kinds = (KernelLayer, WinogradConv3d, QuantizedLayer)
     packed = [module for module in model.modules() if isinstance(module, kinds)]
     biases = [bias for layer in packed if isinstance(bias := layer.bias, Tensor)]
     return [*(layer.weight for layer in packed), *biases]

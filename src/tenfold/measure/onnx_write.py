@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tenfold.errors import UserError
@@ -14,6 +15,7 @@ from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
 from tenfold.measure.quiet import quiet, reason
 from tenfold.measure.runners import METADATA_KEY
 from tenfold.nn.kernel_layer import KernelLayer
+from tenfold.nn.qdq import to_qdq
 
 __all__ = ["OPSET", "metadata_text", "trace_inputs", "write_onnx"]
 
@@ -51,6 +53,7 @@ def write_onnx(
             "packed for this CPU: ONNX has no such operators; export the model that was given to "
             "optimize"
         )
+    model = to_qdq(model)
     inputs = trace_inputs(example_inputs)
     outputs = run_once(model, inputs, "the model")
     text = metadata_text(metadata)
@@ -66,6 +69,7 @@ def write_onnx(
                 input_names=_names("image", len(inputs)),
                 output_names=_names("logits", len(outputs)),
                 verbose=False,
+                custom_translation_table=_translations(),
             )
             if program is None:
                 raise RuntimeError("the exporter returned nothing")
@@ -85,6 +89,36 @@ def write_onnx(
             f"{type(model).__name__} can't be exported to ONNX: {reason(error)}: rewrite that part "
             "of forward() without Python control flow on tensors or on the batch size"
         ) from error
+
+
+def _translations() -> dict[Any, Any]:
+    """Return how the operators of quantized layers are written in ONNX."""
+    import torch
+    from onnxscript import opset20
+
+    op: Any = opset20
+
+    def quantize(x: Any, lower: Any, step: Any, top: Any, shift: bool) -> Any:
+        zero = op.Constant(value=_scalar(0, np.uint8))
+        x = op.Clip(op.Sub(x, lower) if shift else x, op.Constant(value=_scalar(0)), top)
+        codes = op.QuantizeLinear(x, step, zero)
+        return op.DequantizeLinear(codes, op.Constant(value=_scalar(1)), zero)
+
+    def dequantize(integers: Any, scale: Any) -> Any:
+        zeros = op.CastLike(op.Mul(scale, op.Constant(value=_scalar(0))), integers)
+        return op.DequantizeLinear(integers, scale, zeros, axis=0)
+
+    operators = torch.ops.tenfold
+    return {
+        operators.quantize_input.default: quantize,
+        operators.dequantize_weight.default: dequantize,
+    }
+
+
+def _scalar(value: float, kind: Any = np.float32) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(np.array(value, dtype=kind))
 
 
 def trace_inputs(example_inputs: ExampleInputs) -> tuple[Any, ...]:

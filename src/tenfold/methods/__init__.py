@@ -14,8 +14,21 @@ from typing import TYPE_CHECKING, Any
 from tenfold.errors import UserError, unknown_name
 from tenfold.imports import import_object, is_object_name
 from tenfold.methods.base import Kind, LayerPlan, Method, Stage, in_order
+from tenfold.methods.training_set import Mixing, Requests, TrainingSet
 
 if TYPE_CHECKING:  # for completion and type checkers only; at run time names are found from files
+    from tenfold.methods.kcd import KCD as KCD
+    from tenfold.methods.kcd import ContrastLoss as ContrastLoss
+    from tenfold.methods.kcd import VariationalLoss as VariationalLoss
+    from tenfold.methods.kcd import attention_loss as attention_loss
+    from tenfold.methods.kcd import condense as condense
+    from tenfold.methods.kcd import condensed_sizes as condensed_sizes
+    from tenfold.methods.kcd import distillation_loss as distillation_loss
+    from tenfold.methods.kcd import mix_images as mix_images
+    from tenfold.methods.kcd import neighbour_loss as neighbour_loss
+    from tenfold.methods.kcd import prediction_entropy as prediction_entropy
+    from tenfold.methods.kcd import relation_loss as relation_loss
+    from tenfold.methods.kcd import similarity_loss as similarity_loss
     from tenfold.methods.lbc import LBC as LBC
     from tenfold.methods.lbc import candidates as candidates
     from tenfold.methods.lbc import from_blocks as from_blocks
@@ -27,7 +40,18 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.winograd3d import transforms as transforms
     from tenfold.methods.winograd3d import winograd_weight as winograd_weight
 
-__all__ = ["Kind", "LayerPlan", "Method", "Stage", "find", "in_order", "registry"]
+__all__ = [
+    "Kind",
+    "LayerPlan",
+    "Method",
+    "Mixing",
+    "Requests",
+    "Stage",
+    "TrainingSet",
+    "find",
+    "in_order",
+    "registry",
+]
 
 
 def registry() -> dict[str, type[Method]]:

@@ -27,9 +27,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import StateError, UserError
-from tenfold.methods.hooks import Owned, overflowed, parameters_of, unscale, watch_optimizers
+from tenfold.methods.hooks import (
+    Owned,
+    belongs_to_a_method,
+    mark_as_owned,
+    overflowed,
+    parameters_of,
+    unscale,
+    watch_optimizers,
+)
 from tenfold.methods.ranks import keep_out_of_broadcasts
 from tenfold.methods.schedule import Schedule
+from tenfold.methods.training_set import Requests
 
 __all__ = ["Kind", "LayerPlan", "Method", "Stage", "in_order"]
 
@@ -67,16 +76,18 @@ class LayerPlan:
 
 
 @dataclass(kw_only=True, eq=False)
-class Method:
+class Method(Requests):
     """Base of all methods. A subclass is a `@dataclass(kw_only=True, eq=False)` in its own file.
 
     It declares its kind, stage and tasks, checks its fields in `validate`, and overrides the hooks
     that it needs: `on_attach`, `on_before_step`, `on_step`, `on_epoch_start`, `on_finalize`,
-    `plan`, `extra_state`, `load_extra_state`, `training_loss`.
+    `plan`, `extra_state`, `load_extra_state`, `training_loss`, and those of `Requests`, by which it
+    asks a run for other networks, for samples, or for a place in its records.
     """
 
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
+    wants_trained_start: ClassVar[bool] = False  # whether a run without `init` is worth a warning
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     conflicts: ClassVar[frozenset[str]] = frozenset()
     replaces_loss: ClassVar[bool] = False
@@ -130,14 +141,6 @@ class Method:
         Raises:
             UserError: such as an end beyond the last epoch.
         """
-
-    def epoch_samples(self, dataset_size: int, epochs: int) -> list[int]:
-        """Return how many training samples each epoch will draw (fewer when data is condensed)."""
-        return [dataset_size] * epochs
-
-    def epoch_ids(self, epoch: int, ids: Tensor) -> Tensor:
-        """Return which of the training ids `(N,)` this epoch draws; all of them by default."""
-        return ids
 
     # -- the three lines ----------------------------------------------------------------------
 
@@ -237,7 +240,8 @@ class Method:
             )
         model = self.on_finalize(model)
         for name in self._owned:
-            delattr(model, name)
+            if name in model._modules:  # else `on_finalize` has replaced the model itself
+                delattr(model, name)
         self._owned.clear()
         if self._remove_hook is not None:
             self._remove_hook()
@@ -279,6 +283,7 @@ class Method:
         self._owned[f"tenfold_{self.key()}{number}"] = Owned(module)
         if optimizer is not None:
             self._own_optimizers.append(optimizer)
+            mark_as_owned(optimizer)
 
     def owned_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the method steps itself."""
@@ -342,6 +347,12 @@ class Method:
     def on_step(self) -> None:
         """Act after the update; `steps_done` already counts it."""
 
+    def on_wrapped(self, wrapper: nn.Module) -> None:
+        """Take note of the DistributedDataParallel that wraps the model, where there is one.
+
+        An engine calls it ahead of the first step; in a loop of your own call it after wrapping.
+        """
+
     def on_finalize(self, model: nn.Module) -> nn.Module:
         """Take the training form away and return the model."""
         return model
@@ -388,7 +399,7 @@ class Method:
 
     def _optimizer_will_step(self, optimizer: Optimizer) -> None:
         model = self._model
-        if model is None or optimizer in self._own_optimizers:
+        if model is None or belongs_to_a_method(optimizer):
             return
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         if any(id(parameter) in held for parameter in model.parameters()) and unscale(optimizer):

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-__all__ = ["Owned", "overflowed", "parameters_of", "unscale", "watch_optimizers"]
+__all__ = [
+    "Owned",
+    "belongs_to_a_method",
+    "mark_as_owned",
+    "overflowed",
+    "parameters_of",
+    "unscale",
+    "watch_optimizers",
+]
 
 
 class Owned(nn.Module):
@@ -23,6 +31,19 @@ class Owned(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the input."""
         return x
+
+
+_owned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def mark_as_owned(optimizer: Optimizer) -> None:
+    """Note that a method steps this optimizer itself: its steps are nobody's training step."""
+    _owned.add(optimizer)
+
+
+def belongs_to_a_method(optimizer: Optimizer) -> bool:
+    """Tell whether any method steps this optimizer itself."""
+    return optimizer in _owned
 
 
 _watching: list[tuple[weakref.WeakMethod[Callable[[Optimizer], None]], Callable[[], None]]] = []

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from tenfold.errors import UserError, nearest
 from tenfold.methods.base import LayerPlan
 
-__all__ = ["choose_layers"]
+__all__ = ["Layer", "choose_layers", "edge_layers"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,6 +30,7 @@ def choose_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     kept: float = 1.0,
+    everywhere: bool = False,
 ) -> list[LayerPlan]:
     """List every convolution and linear layer with its treatment or the reason for none.
 
@@ -43,6 +44,7 @@ def choose_layers(
         include: names or patterns (`layer1.*`); exactly these layers are treated.
         exclude: names or patterns of layers to leave alone.
         kept: share of a treated layer's weights that will not be zero.
+        everywhere: treat first, last and depthwise layers too.
 
     Raises:
         UserError: a pattern matches no layer, an included layer doesn't fit, or none is left.
@@ -59,7 +61,7 @@ def choose_layers(
                 f"{nearest(pattern, layers)}"
             )
     shared = _shared_weights(model, layers)
-    defaults = _default_exclusions(model, layers)
+    defaults = {} if everywhere else _default_exclusions(model, layers)
     plan = []
     for name, layer in layers.items():
         named = include is not None and _matches(name, include)
@@ -71,7 +73,7 @@ def choose_layers(
         elif not named:
             reason = defaults.get(name)
         if reason is None:
-            why = _unfit(layer, shared.get(name), misfit)
+            why = _unfit(layer, shared.get(name), misfit, everywhere)
             if why is not None and named:
                 raise UserError(
                     f"layer {name} can't be made {treatment}: {why}; exclude it, or choose "
@@ -109,6 +111,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def edge_layers(model: nn.Module) -> set[str]:
+    """Return the names of the first convolution, and of the last linear layer or classifier."""
+    kinds = (*_CONVOLUTIONS, nn.Linear)
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, kinds)
+    }
+    return set(_default_exclusions(model, layers))
+
+
 def _default_exclusions(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     find_heads: Any = getattr(model, "get_classifier", None)  # timm's; two of them in DeiT
@@ -126,13 +137,19 @@ def _default_exclusions(model: nn.Module, layers: dict[str, nn.Module]) -> dict[
     return reasons
 
 
-def _unfit(layer: nn.Module, twin: str | None, misfit: Callable[[Layer], str | None]) -> str | None:
+def _unfit(
+    layer: nn.Module,
+    twin: str | None,
+    misfit: Callable[[Layer], str | None],
+    everywhere: bool,
+) -> str | None:
     if isinstance(layer, _TRANSPOSED):
         return "transposed convolution"
     if twin is not None:
         return f"shares its weight with {twin}"
     assert isinstance(layer, (*_CONVOLUTIONS, nn.Linear))
-    if isinstance(layer, _CONVOLUTIONS) and layer.weight.shape[1] == 1 and layer.groups > 1:
+    depthwise = isinstance(layer, _CONVOLUTIONS) and layer.weight.shape[1] == 1 < layer.groups
+    if depthwise and not everywhere:
         return "depthwise convolution"
     if not _uses_weight_as_it_is(layer):
         return f"{type(layer).__name__} changes its weight in forward"
@@ -202,7 +219,8 @@ def _shared_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
     shared = {}
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        others = [n for n in owners.get(id(weight), []) if n != f"{name}.weight"]
+        own = f"{name}.weight" if name else "weight"
+        others = [n for n in owners.get(id(weight), []) if n != own]
         if others:
             shared[name] = others[0].removesuffix(".weight")
     return shared

@@ -122,6 +122,7 @@ class Mask(nn.Module):
 
     mask: Tensor
     elementwise = True  # every weight stays in its place, so that others may stand before it
+    final = False  # set when the mask will not change any more
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -360,6 +361,7 @@ class LBC(Method):
         )
         if self.finished():
             self._scores.clear()  # the choice is made; the masks stay as they are
+        self._tell_masks()
 
     @torch.no_grad()
     def _remove(self, name: str, count: int) -> None:
@@ -388,6 +390,13 @@ class LBC(Method):
             kept[part] = (alive[part].to(torch.float32) @ table) > 0
         mask.copy_(from_blocks(kept, mask.shape))
         scores.forget(~alive)
+
+    def _tell_masks(self) -> None:
+        """Let a method before the mask know when the choice is made."""
+        for layer in self._layers.values():
+            for parametrization in layer:
+                if isinstance(parametrization, Mask):
+                    parametrization.final = self.finished()
 
     def _mask(self, name: str) -> Tensor:
         for parametrization in self._layers[name]:
@@ -456,6 +465,7 @@ class LBC(Method):
                 form = Scores.forms[state["forms"][name]]
                 self._scores[name] = form(weight.detach(), self._table, self.m)
                 self._scores[name].load_state_dict(state["scores"][name])
+        self._tell_masks()
 
 
 def _check_pattern(n: int, m: int) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from tenfold.errors import UserError
 from tenfold.report.fields import Fields, short
+from tenfold.report.records import Record, read_record
 
 __all__ = ["Bench", "Check", "Export", "Latency", "Layer", "Metrics", "Run", "Size", "read_run"]
 
@@ -130,6 +131,7 @@ class Run:
     bench: Bench | None
     layers: tuple[Layer, ...] | None
     exports: tuple[Export, ...] | None
+    records: tuple[Record, ...]
     commands: tuple[str, ...]
     seconds: float | None
     epochs: float | None
@@ -167,6 +169,7 @@ def read_run(folder: Path) -> Run:
         exports=_read(
             folder / "export" / "export.json", lambda found: found.items("exports", _export)
         ),
+        records=_read(folder / "methods.json", _records) or (),
         commands=tuple(commands),
         seconds=about.number("seconds") if about else None,
         epochs=about.number("epochs") if about else None,
@@ -205,6 +208,12 @@ def _bench(found: Fields) -> Bench:
         summary=found.texts("summary"),
         baseline=found.text("baseline"),
     )
+
+
+def _records(found: Fields) -> tuple[Record, ...]:
+    if found.data.get("format") != 1:
+        raise found.error("format", found.data.get("format"), "1")
+    return found.items("methods", read_record)
 
 
 def _size(found: Fields) -> Size:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tenfold.errors import UserError
 from tenfold.report import figures, headline, numbers, tables
 from tenfold.report.inputs import Bench, Run, read_run
+from tenfold.report.records import record_charts
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -79,6 +80,7 @@ def render(run: Run) -> str:
         curve_key=figures.curve_key(run),
         baseline_note=_baseline_note(run),
         schedule_charts=figures.schedule_charts(run),
+        records=list(zip(run.records, record_charts(run.records), strict=True)),
         layer_rows=tables.layer_rows(layers) if layers else [],
         layer_macs=_total([layer.macs for layer in layers or ()]),
         layer_effective_macs=_total([layer.effective_macs for layer in layers or ()]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from tenfold.data import EpochSampler
@@ -15,7 +15,7 @@ from tenfold.errors import StateError, UserError
 from tenfold.methods import Method
 from tenfold.methods.ranks import keep_out_of_broadcasts
 
-__all__ = ["MethodCallback"]
+__all__ = ["MethodCallback", "begin_epoch"]
 
 
 class MethodCallback(pl.Callback):
@@ -47,7 +47,6 @@ class MethodCallback(pl.Callback):
         self.steps_per_epoch = None if steps_per_epoch is None else list(steps_per_epoch)
         self._attached = False
         self._steps_seen = 0
-        self._all_ids: Tensor | None = None
         for method in self.methods:
             # Lightning runs the backward pass inside the optimizer's step, after any pre-hook.
             method.driven_by_engine = True
@@ -106,19 +105,15 @@ class MethodCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the count of steps from the Trainer, which has just restored it on a resume."""
         self._steps_seen = trainer.global_step
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            for method in self.methods:
+                method.on_wrapped(wrapper)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announce the epoch, and have the loader draw what the methods want of it."""
-        for method in self.methods:
-            method.epoch_start(trainer.current_epoch)
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
-        if isinstance(sampler, EpochSampler) and any(_condenses(m) for m in self.methods):
-            if self._all_ids is None:
-                self._all_ids = sampler.ids
-            ids = self._all_ids
-            for method in self.methods:
-                ids = method.epoch_ids(trainer.current_epoch, ids)
-            sampler.restrict(ids)
+        if begin_epoch(self.methods, trainer.train_dataloader, trainer.current_epoch):
+            _tell_lengths(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -196,8 +191,37 @@ class MethodCallback(pl.Callback):
             setattr(pl_module, self.network, network)
 
 
-def _condenses(method: Method) -> bool:
-    return type(method).epoch_ids is not Method.epoch_ids
+def begin_epoch(methods: Sequence[Method], loader: Any, epoch: int) -> bool:
+    """Announce an epoch to methods, and have the loader draw what they want of it.
+
+    Returns:
+        Whether a method chooses among the samples.
+    """
+    for method in methods:
+        method.epoch_start(epoch)
+    sampler = getattr(loader, "sampler", None)
+    choosing = [method for method in methods if type(method).epoch_ids is not Method.epoch_ids]
+    if not isinstance(sampler, EpochSampler) or not choosing:
+        return False
+    ids = sampler.pool
+    for method in choosing:
+        ids = method.epoch_ids(epoch, ids)
+    sampler.restrict(ids)
+    sampler.set_epoch(epoch)
+    for method in choosing:
+        method.epoch_repeats(sampler.repeats())
+    return True
+
+
+def _tell_lengths(trainer: pl.Trainer) -> None:
+    """Tell Lightning how many batches the epoch has: it has looked once, before the first one."""
+    if trainer.limit_train_batches != 1.0:
+        return
+    batches = len(trainer.train_dataloader)  # type: ignore[arg-type]
+    trainer.fit_loop.max_batches = batches
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and trainer.check_val_every_n_epoch is not None:
+        trainer.val_check_batch = max(1, int(batches * interval))
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

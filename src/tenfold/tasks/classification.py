@@ -15,11 +15,20 @@ from torchmetrics.classification import MulticlassAccuracy
 from tenfold.data import LabelledData
 from tenfold.data.randomness import mix_one
 from tenfold.errors import UserError
-from tenfold.methods import Method
+from tenfold.methods import Method, Mixing
+from tenfold.tasks.callback import begin_epoch
 from tenfold.tasks.optimization import make_optimizer, make_schedule
 from tenfold.tasks.recipe import Train
 
-__all__ = ["CHANNELS_LAST", "Classification", "ImageDataModule", "as_batch", "inputs_of"]
+__all__ = [
+    "CHANNELS_LAST",
+    "Classification",
+    "ImageDataModule",
+    "as_batch",
+    "in_channels_last",
+    "inputs_of",
+    "mixing_of",
+]
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +71,7 @@ class Classification(pl.LightningModule):
         self.num_classes = num_classes
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
-        self.methods = list(methods)
+        self.methods = _Uncopied(methods)
         self.normalize = normalize
         self.seed = seed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
@@ -191,32 +200,86 @@ class Classification(pl.LightningModule):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Lend a data set to a Trainer, each rank its own share."""
+    """Lend a data set to a Trainer, each rank its own share.
 
-    def __init__(self, data: LabelledData, train: Train, seed: int):
+    Args:
+        data: the samples.
+        train: the recipe's section.
+        seed: of the order and the augmentation.
+        methods: may choose among the training samples, and change images.
+    """
+
+    def __init__(self, data: LabelledData, train: Train, seed: int, methods: Sequence[Method] = ()):
         super().__init__()
         self.data = data
         self.recipe = train
         self.seed = seed
+        self.methods = list(methods)
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
-        if trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def train_dataloader(self) -> Any:
-        """Return shuffled, augmented batches."""
-        return self.data.train_loader(
+        """Return shuffled, augmented batches.
+
+        The loader's processes may read ahead before Lightning announces the epoch that a resumed
+        run begins with, so the loader begins with it here.
+
+        Raises:
+            UserError: two methods want to change images.
+        """
+        rank, world_size = self._ranks()
+        loader = self.data.train_loader(
             batch_size=self.recipe.batch_size,
             seed=self.seed,
             augment=self.recipe.augment,
-            **self._ranks(),
+            rank=rank,
+            world_size=world_size,
+            mixing=mixing_of(self.methods),
+            views=any(method.wants_views() for method in self.methods),
         )
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        sampler: Any = loader.sampler
+        sampler.set_epoch(epoch)
+        begin_epoch(self.methods, loader, epoch)
+        return loader
 
     def val_dataloader(self) -> Any:
         """Return the held-out samples in order."""
-        return self.data.test_loader(batch_size=self.recipe.batch_size, **self._ranks())
+        rank, world_size = self._ranks()
+        return self.data.test_loader(
+            batch_size=self.recipe.batch_size, rank=rank, world_size=world_size
+        )
+
+
+class _Uncopied(list[Method]):
+    """Methods that a copy of the module (a running average of it) shares, with all they hold."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
+        return self
+
+
+def mixing_of(methods: Sequence[Method]) -> Mixing | None:
+    """Return what changes training images; at most one method may.
+
+    Raises:
+        UserError: two of them do.
+    """
+    found = {method.key(): method.mixing() for method in methods}
+    found = {key: mixing for key, mixing in found.items() if mixing is not None}
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} both mix images: keep one of them")
+    return next(iter(found.values()), None)
+
+
+def in_channels_last(model: nn.Module) -> nn.Module:
+    """Put weights of 4 and 5 axes into the order in memory that trains faster, in place."""
+    # One by one: `Module.to` has one format for all, which either 4 or 5 axes don't fit.
+    for parameter in model.parameters():
+        if parameter.ndim in CHANNELS_LAST:
+            parameter.data = parameter.data.to(memory_format=CHANNELS_LAST[parameter.ndim])
+    return model
 
 
 def as_batch(batch: Any, needs_ids: bool = False) -> Batch:

@@ -16,7 +16,7 @@ import yaml
 from tenfold.errors import UserError
 from tenfold.tasks.recipe import Recipe, load_recipe
 
-__all__ = ["RunFolder", "open_run", "write_json"]
+__all__ = ["RunFolder", "open_run", "refuse_other_recipe", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class RunFolder:
     def export(self) -> Path:
         """Exported files."""
         return self.path / "export"
+
+    @property
+    def records(self) -> Path:
+        """What methods tell about the run."""
+        return self.path / "methods.json"
 
     @property
     def is_run(self) -> bool:
@@ -133,7 +138,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
                     "throw it away, or another --run_dir"
                 )
             if resume:
-                _refuse_other_recipe(folder, recipe)
+                refuse_other_recipe(folder, recipe)
                 return folder
             _throw_away(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,12 @@ def _throw_away(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _refuse_other_recipe(folder: RunFolder, recipe: Recipe) -> None:
+def refuse_other_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse a run of another recipe than this.
+
+    Raises:
+        UserError: it differs; the keys are named.
+    """
     try:
         old = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

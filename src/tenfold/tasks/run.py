@@ -32,12 +32,13 @@ from tenfold.measure import count_cost
 from tenfold.methods.schedule import Schedule
 from tenfold.tasks.callback import MethodCallback
 from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
-from tenfold.tasks.classification import CHANNELS_LAST, Classification, ImageDataModule
+from tenfold.tasks.classification import Classification, ImageDataModule, in_channels_last
 from tenfold.tasks.evaluation import Evaluation, evaluate
-from tenfold.tasks.folder import RunFolder, open_run, write_json
+from tenfold.tasks.folder import RunFolder, open_run, refuse_other_recipe, write_json
 from tenfold.tasks.optimization import epoch_sizes
 from tenfold.tasks.progress import MetricsFile, progress
 from tenfold.tasks.recipe import Recipe
+from tenfold.tasks.records import write_records
 from tenfold.tasks.setup import Experiment, layer_plans, layer_rows, plan, set_up
 
 __all__ = ["Run", "evaluate", "plan", "train"]
@@ -110,6 +111,7 @@ def train(
     experiment = set_up(recipe, model, data, overrides)
     check_trainer(experiment.recipe.trainer)
     path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
+    _refuse_itself(experiment, path)
     folder = RunFolder(path)
     task, callback, trainer = _build(experiment, folder)
     # Nothing of an old run is touched before everything that can be checked has been.
@@ -121,8 +123,11 @@ def train(
                 experiment.model if experiment.network.name is None else None
             )
             return Run(path, trained, Evaluation(**done))
+    _train_others(experiment, path, command)
     checkpoint = newest(folder.checkpoints) if resume else None
-    images = ImageDataModule(experiment.data, experiment.recipe.train, experiment.recipe.seed)
+    images = ImageDataModule(
+        experiment.data, experiment.recipe.train, experiment.recipe.seed, experiment.methods
+    )
     with _quiet():
         try:
             trainer.fit(task, datamodule=images, ckpt_path=checkpoint, weights_only=True)
@@ -136,8 +141,55 @@ def train(
         # Lightning did not put the average in place of the weights. The checkpoint holds it.
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         task.load_state_dict(saved["state_dict"])
+    write_records(experiment.methods, experiment.data, folder)
     finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
     return _finish(experiment, folder, finished, command)
+
+
+def _refuse_itself(experiment: Experiment, path: Path) -> None:
+    """Refuse to write over a run that is read from."""
+    for other in experiment.others:
+        if other.run is not None and path.resolve() in (
+            other.run.resolve(),
+            other.run.resolve().parent,
+        ):
+            raise UserError(
+                f"methods.{other.key}.{other.role} {other.run} is this run itself: give another "
+                "--run_dir"
+            )
+
+
+def _train_others(experiment: Experiment, path: Path, command: str | None) -> None:
+    """Train networks that methods need and nobody has trained yet; their runs are kept.
+
+    Raises:
+        UserError: a run of another recipe lies in its place, or training it failed.
+    """
+    for other in experiment.others:
+        if other.recipe is None:
+            continue
+        folder = RunFolder(other.folder_beside(path))
+        if folder.is_run and not folder.is_empty:
+            try:
+                refuse_other_recipe(folder, other.recipe)
+            except UserError as error:
+                raise UserError(
+                    f"the {other.role} of {other.key}: {error}; or name the run itself, "
+                    f"methods.{other.key}.{other.role}: {folder.path}"
+                ) from error
+        if not folder.is_finished:
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                print(f"first the {other.role}, {other.origin}: {folder.path}", flush=True)
+            train(
+                other.recipe,
+                data=experiment.data,
+                run_dir=folder.path,
+                resume=True,
+                command=command,
+            )
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # the first process alone writes the artifact
+        other.network.load_state_dict(artifact.read(folder.model).state_dict())
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
@@ -203,7 +255,7 @@ def _build(
         method.check_schedule(Schedule(sum(sizes), sizes))
     callback.steps_per_epoch = sizes
     task = Classification(
-        _in_channels_last(experiment.model),
+        in_channels_last(experiment.model),
         recipe.train,
         num_classes=experiment.data.num_classes,
         total_steps=sum(sizes),
@@ -213,15 +265,6 @@ def _build(
         seed=recipe.seed,
     )
     return task, callback, trainer
-
-
-def _in_channels_last(model: nn.Module) -> nn.Module:
-    """Put weights of 4 and 5 axes into the order in memory that trains faster, in place."""
-    # One by one: `Module.to` has one format for all, which either 4 or 5 axes don't fit.
-    for parameter in model.parameters():
-        if parameter.ndim in CHANNELS_LAST:
-            parameter.data = parameter.data.to(memory_format=CHANNELS_LAST[parameter.ndim])
-    return model
 
 
 def _plugins(recipe: Recipe) -> list[Any]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import LabelledData, create
+from tenfold.data import ImageData, LabelledData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
-from tenfold.methods import LayerPlan, Method
+from tenfold.methods import LayerPlan, Method, TrainingSet
 from tenfold.methods.schedule import Schedule
 from tenfold.nn import models
 from tenfold.nn.models import Network
+from tenfold.tasks.classification import mixing_of
 from tenfold.tasks.optimization import epoch_sizes, make_optimizer
+from tenfold.tasks.other_networks import OtherNetwork, open_network
 from tenfold.tasks.recipe import Recipe, load_recipe
 from tenfold.tasks.starting_point import initialize
 
-__all__ = ["Experiment", "Plan", "plan", "set_up"]
+__all__ = ["Experiment", "Plan", "plan", "set_up", "training_set"]
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Experiment:
     network: Network
     methods: list[Method]
     fresh: list[str]  # parameters that `init` had nothing for
+    plans: dict[str, LayerPlan] | None = None  # of the layers, as they were ahead of training
+    others: list[OtherNetwork] = field(default_factory=list)  # that methods asked for
 
     @property
     def example(self) -> Tensor:
@@ -148,6 +154,7 @@ def set_up(
     fresh = initialize(model, network, checked.init) if checked.init else []
     experiment = Experiment(checked, data, model, network, methods, fresh)
     _try_forward(experiment)
+    _prepare(experiment)
     _try_the_rest(experiment)
     return experiment
 
@@ -184,6 +191,7 @@ def make_plan(experiment: Experiment) -> Plan:
         notes.append(f"init        {shown} start fresh: the given weights don't have them")
     for skipped in experiment.data.skipped[:3]:
         notes.append(f"data        left out: {skipped}")
+    notes += [f"{other.key:<12}{other.role}: {other.origin}" for other in experiment.others]
     if not experiment.methods:
         notes.append("methods     none: the network stays dense")
     return Plan(rows, cost.macs, cost.macs - saved, cost.parameters, cost.parameters - gone, notes)
@@ -191,6 +199,8 @@ def make_plan(experiment: Experiment) -> Plan:
 
 def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
     """Return every layer's treatment; where several methods treat one, they are joined."""
+    if experiment.plans is not None:  # training may have put other layers in their place
+        return experiment.plans
     plans: dict[str, LayerPlan] = {}
     for method in experiment.methods:
         for layer in method.plan(experiment.model):
@@ -205,6 +215,7 @@ def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
                     treatment=f"{before.treatment}, {layer.treatment}",
                     kept=before.kept * layer.kept,
                 )
+    experiment.plans = plans
     return plans
 
 
@@ -238,11 +249,73 @@ def layer_rows(
     return rows
 
 
+def _prepare(experiment: Experiment) -> None:
+    """Give methods the networks that they ask for, and have them look at network and data."""
+    recipe, data = experiment.recipe, experiment.data
+    for method in experiment.methods:
+        images = None
+        if type(method).prepare is not Method.prepare:
+            with _asked_by(method):
+                images = training_set(data, recipe.train.augment)
+        for role, given in method.networks().items():
+            other = open_network(method.key(), role, given, recipe, data)
+            method.use_network(role, other.network)
+            experiment.others.append(other)
+        if images is not None:
+            with _asked_by(method):
+                method.prepare(experiment.model, images, recipe.train.epochs)
+    limit = recipe.trainer.get("limit_train_batches")
+    seeing_all = next((m.key() for m in experiment.methods if m.needs_every_sample), None)
+    if seeing_all is not None and limit not in (None, 1.0):
+        raise UserError(
+            f"trainer.limit_train_batches {limit} leaves images that are never seen, and "
+            f"{seeing_all} ranks them all: use data.limit"
+        )
+
+
+@contextlib.contextmanager
+def _asked_by(method: Method) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"methods.{method.key()}: {error}") from error
+
+
+def training_set(data: LabelledData, augment: str = "auto") -> TrainingSet:
+    """Describe training images for methods.
+
+    Raises:
+        UserError: they are a stream, or clips.
+    """
+    if not isinstance(data, ImageData):
+        raise UserError(
+            f"it looks at training images, and {data.name} gives {data.key}s: expected data of "
+            "images; leave the method out, or choose other data"
+        )
+    return TrainingSet(
+        name=data.name,
+        size=len(data.train),
+        ids=data.train_ids,
+        labels=data.train.labels,
+        example=torch.zeros(1, data.channels, *data.size),
+        num_classes=data.num_classes,
+        stored=None if data.crops_stored_images(augment) else data.train_images,
+        views=data.train_views(augment),
+        augment=augment,
+    )
+
+
 def _try_the_rest(experiment: Experiment) -> None:
     """Raise now what would otherwise be raised after an hour, or after an old run is gone."""
     train, methods = experiment.recipe.train, experiment.methods
+    layer_plans(experiment)
     for method in methods:
-        method.plan(experiment.model)
+        if method.wants_trained_start and not experiment.recipe.init:
+            warnings.warn(
+                f"{method.key()} is made for a trained network, and this recipe starts from fresh "
+                "weights: give init, such as a run or pretrained",
+                stacklevel=2,
+            )
     if any(method.replaces_loss for method in methods) and (train.mixup or train.cutmix):
         replacing = next(method.key() for method in methods if method.replaces_loss)
         raise UserError(f"{replacing} replaces the batch's loss: set train.mixup and cutmix to 0")
@@ -250,7 +323,12 @@ def _try_the_rest(experiment: Experiment) -> None:
         train.optimizer, experiment.model.parameters(), lr=train.lr, weight_decay=train.weight_decay
     )
     experiment.data.train_loader(
-        batch_size=train.batch_size, seed=experiment.recipe.seed, augment=train.augment, workers=0
+        batch_size=train.batch_size,
+        seed=experiment.recipe.seed,
+        augment=train.augment,
+        workers=0,
+        mixing=mixing_of(methods),
+        views=any(method.wants_views() for method in methods),
     )
     sizes = epoch_sizes(experiment.data.train_size, train, methods)
     for method in methods:
