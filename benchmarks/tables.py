@@ -237,7 +237,8 @@ def nm_profile() -> str:
             rows.append([title, pattern, f"{result['ms']:.1f} ms", *times, bound])
             title = ""
     header = ["", "", "whole", "packed layers", "dense layers", "attention", "all else", "bound"]
-    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': found['kernels'] + ' kernels, 1'})}"
+    threads = f"{found['kernels']} kernels, 1"
+    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': threads})}"
 
 
 def nm_origin(found: dict[str, Any]) -> str:
