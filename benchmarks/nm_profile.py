@@ -1,27 +1,21 @@
 """Where the time of an optimized N:M network goes, and the least that this processor would need.
 
-    python benchmarks/nm_profile.py [--rounds 30] [--seconds 2]
+    python benchmarks/nm_profile.py [--rounds 30]
 
 The graph of `tenfold.optimize` is run node by node, with the rest of the network around it, so that
 caches are as full as they are in use. The bound counts multiply-adds alone: those on kept weights
 at the speed of a thread with one operand in the first-level cache (each meets another row of the
 activations), the others at the speed with all operands in registers. Memory isn't in it.
-
-With two threads each network is also timed by itself and in turn with OpenVINO, whose threads stay
-in the process: what takes turns there isn't alone on its two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +24,9 @@ from torch import fx, nn
 
 import tenfold
 from common import save
-from contenders import dense_calls
 from nm_engine import NETWORKS, PATTERNS, SEED, build, prune
 from tenfold.kernels import native
 from tenfold.kernels.attention import attention
-from tenfold.measure.timing import interleave
 from tenfold.nn.packed import PackedLayer
 
 NAME = "nm_profile"
@@ -116,31 +108,9 @@ def profile(name: str, n: int, m: int, rounds: int, peaks: tuple[float, float]) 
     return found
 
 
-def two_threads(name: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """Time a network's forms with two threads, before there is another engine and beside it."""
-    torch.set_num_threads(2)
-    x, model = torch.randn(1, 3, 224, 224), build(name)
-    sparse = {
-        f"{n}:{m}": tenfold.optimize(prune(model, n, m), x, choose="packed") for n, m in PATTERNS
-    }
-    with torch.inference_mode():
-        calls = {key: functools.partial(fast, x) for key, fast in sparse.items()}
-        found = {"alone": interleave(calls, seconds * len(calls))}
-        engine, _ = dense_calls(model, x, 2, folder / name, ["openvino"])
-        found["alone"] |= interleave(engine, seconds)
-        found["in turn"] = interleave({**calls, **engine}, seconds * (len(calls) + 1))
-    medians = {
-        where: {key: round(statistics.median(times), 2) for key, times in samples.items()}
-        for where, samples in found.items()
-    }
-    print(name, medians, flush=True)
-    return medians
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=2.0, help="a contender with two threads")
     given = parser.parse_args()
     torch.set_num_threads(1)
     peaks = native.peak()
@@ -152,10 +122,6 @@ def main() -> None:
     }
     for name in NETWORKS:
         results[name] = {f"{n}:{m}": profile(name, n, m, given.rounds, peaks) for n, m in PATTERNS}
-    with tempfile.TemporaryDirectory() as folder:
-        results["two_threads"] = {
-            name: two_threads(name, given.seconds, Path(folder)) for name in NETWORKS
-        }
     save(NAME, shlex.join(["python", *sys.argv]), SEED, results)
 
 

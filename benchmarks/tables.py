@@ -241,27 +241,6 @@ def nm_profile() -> str:
     return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': threads})}"
 
 
-def nm_two_threads() -> str:
-    if not (RESULTS / "nm_profile.json").is_file():
-        return "*Not measured yet: `python benchmarks/nm_profile.py`.*"
-    found = load("nm_profile")
-    rows = []
-    for name, title in GOALS.items():
-        for where, medians in found["two_threads"].get(name, {}).items():
-            dense = medians["openvino"]
-            times = [
-                f"{ms:.1f} ms, {dense / ms:.2f}x"
-                for key, ms in medians.items()
-                if key != "openvino"
-            ]
-            rows.append([title, where, f"{dense:.1f} ms", *times])
-            title = ""
-    patterns = [key for key in medians if key != "openvino"]
-    threads = f"{found['kernels']} kernels, 2"
-    header = ["", "timed", "OpenVINO, dense", *patterns]
-    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': threads})}"
-
-
 def nm_origin(found: dict[str, Any]) -> str:
     return origin({**found, "threads": f"{found['kernels']} kernels, 1 and 2"})
 
@@ -316,7 +295,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
     "nm_profile": nm_profile,
-    "nm_two_threads": nm_two_threads,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,
