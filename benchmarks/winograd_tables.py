@@ -19,7 +19,10 @@ def missing(part: str) -> str | None:
 
 
 def written(found: dict[str, Any]) -> str:
-    return origin({**found, "threads": f"{found['kernels']} kernels, 1 and 2"})
+    cells = {cell.split()[0] for part in ("layers", *NETWORKS) for cell in found[part]}
+    return origin(
+        {**found, "threads": f"{found['kernels']} kernels, {' and '.join(sorted(cells))}"}
+    )
 
 
 def speed() -> str:
@@ -53,7 +56,8 @@ def layers() -> str:
         rows = []
         for row in result["rows"]:
             best = row["best_dense"]
-            rows.append([row["layer"], str(row["count"]), f"{best}, {row['dense_ms'][best]:.2f} ms"])
+            fastest = f"{best}, {row['dense_ms'][best]:.2f} ms"
+            rows.append([row["layer"], str(row["count"]), fastest])
             for keep in KEEPS:
                 name = row["best"][keep]
                 value = row["sparse"].get(name)
