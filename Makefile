@@ -10,12 +10,14 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # uv installs in seconds what takes pip minutes; it comes from the index like everything else.
+# Bytecode at once: where Python may write none, each of the tests' many processes would compile
+# all of PyTorch anew, 12 s for 3.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "tenfold needs Python 3.11 or newer; name one: make setup PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
 	touch $(STAMP)
 
 quickstart: setup
@@ -23,7 +25,7 @@ quickstart: setup
 
 # Two workers with one thread each: more would fight over the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=tenfold --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --cov=tenfold --cov-report=term:skip-covered
 
 # Once more without the compiled kernels, what they have a part in.
 test-plain: setup

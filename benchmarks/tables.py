@@ -8,44 +8,16 @@ A page marks a table's place by `<!-- table: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import winograd_tables
+from published import RESULTS, ROOT, load, markdown, origin
+
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Write a table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def origin(found: dict[str, Any]) -> str:
-    """Say where, with what and how figures were made."""
-    machine = found["machine"]
-    engines = ", ".join(
-        f"{name} {engine['version']}" for name, engine in machine["engines"].items()
-    )
-    seed = f", seed {found['seed']}" if "seed" in found else ""
-    if isinstance(found.get("seed"), list):
-        seed = f", seeds {', '.join(map(str, found['seed']))}"
-    gpu = found.get("gpu")
-    cpu = f"{machine['cpu']}, {found['threads']} threads ({' '.join(machine['instruction_sets'])})"
-    return (
-        f"*{f'{gpu} beside {cpu}' if gpu else cpu}, "
-        f"{engines}; `{found['command']}`{seed}, {found['created'][:10]}.*"
-    )
 
 
 def lbc_step() -> str:
@@ -416,7 +388,8 @@ def nm_profile() -> str:
             rows.append([title, pattern, f"{result['ms']:.1f} ms", *times, bound])
             title = ""
     header = ["", "", "whole", "packed layers", "dense layers", "attention", "all else", "bound"]
-    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': found['kernels'] + ' kernels, 1'})}"
+    threads = f"{found['kernels']} kernels, 1"
+    return f"{markdown(header, rows)}\n\n{origin({**found, 'threads': threads})}"
 
 
 def nm_origin(found: dict[str, Any]) -> str:
@@ -493,6 +466,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
     "nm_profile": nm_profile,
+    "winograd3d_speed": winograd_tables.speed,
+    "winograd3d_layers": winograd_tables.layers,
+    "winograd3d_errors": winograd_tables.errors,
+    "winograd3d_growth": winograd_tables.growth,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,

@@ -9,6 +9,7 @@ import torch
 
 import common
 import lbc
+import published
 import tables
 import training
 from paired import difference, spread
@@ -34,7 +35,8 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(lbc, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    for module in (tables, published):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     (tmp_path / "net.py").write_text(NET)
 
 

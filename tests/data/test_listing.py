@@ -33,7 +33,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Note every scan."""
     seen: list[Path] = []
     scan = listing_module._scan
-    monkeypatch.setattr(listing_module, "_scan", lambda at: seen.append(at) or scan(at))
+    monkeypatch.setattr(
+        listing_module, "_scan", lambda at, endings: seen.append(at) or scan(at, endings)
+    )
     return seen
 
 

@@ -79,7 +79,8 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_names_are_described() -> None:
-    assert set(names()) == {"digits", "cifar10", "cifar100", "imagefolder", "npz", "hf"}
+    images = {"digits", "cifar10", "cifar100", "imagefolder", "npz", "hf"}
+    assert set(names()) == images | {"motions", "frames", "video", "clips_npz"}
     assert all(names().values())
 
 
