@@ -4,8 +4,8 @@ In eval mode BatchNorm is an affine map per channel, so it can be merged into th
 it. Which layer feeds which BatchNorm is read from the `torch.export` graph, not from module names,
 so that any network works. A pair is folded only when the layer's result goes to that BatchNorm
 alone and both modules are called once. Folding scales whole output channels: a zero weight stays
-zero, so N:M patterns survive. In a quantized layer it changes scales and bias, never the integers. A
-Winograd layer is many operations in the graph: the module that the last of them belongs to says
+zero, so N:M patterns survive. In a quantized layer it changes scales and bias, never the integers.
+A Winograd layer is many operations in the graph: the module that the last of them belongs to says
 which layer it is.
 """
 

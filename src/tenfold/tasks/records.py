@@ -25,8 +25,8 @@ def write_records(methods: Sequence[Method], data: LabelledData, folder: RunFold
     for method in methods:
         record = method.record()
         if record:
-            groups = record.get("images", []) if isinstance(data, ImageData) else []
-            images = [_pictures(group, data) for group in groups]
+            groups = record.get("images", [])
+            images = [_pictures(group, data) for group in groups if isinstance(data, ImageData)]
             entries.append({"method": method.key(), **record, "images": images})
     if entries:
         write_json(folder.records, {"format": 1, "methods": entries})
