@@ -52,13 +52,13 @@ RUNS = Path("runs")
 PARTS = ("accuracy", "time")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
-    "images": 1200,
+    "images": 900,
     "teacher": "resnet56",
     "student": "resnet20",
     "epochs": 12,
-    "teacher_epochs": 24,
+    "teacher_epochs": 30,
     "stages": 6,
-    "batch_size": 64,
+    "batch_size": 32,
     "lr": 0.05,
     "weight_decay": 5e-4,
     "schedule": "cosine",
@@ -70,12 +70,19 @@ SMALL: dict[str, Any] = {
     "ratios": [0.7, 0.5],
     "output": "kcd",
 }
-MEDIUM: dict[str, Any] = {**SMALL, "images": 10_000, "output": "kcd_medium"}
+MEDIUM: dict[str, Any] = {
+    **SMALL,
+    "images": 10_000,
+    "teacher_epochs": 24,
+    "batch_size": 64,
+    "output": "kcd_medium",
+}
 FULL: dict[str, Any] = {
     **SMALL,
     "images": 0,
     "epochs": 240,
     "teacher_epochs": 240,
+    "batch_size": 64,
     "schedule": "paper",
     "augment": "flip_crop",
     "cache": False,

@@ -172,7 +172,7 @@ class Training:
         self.optimizer = make_optimizer(
             "sgd", model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
-        self.schedule = _schedule(settings.schedule, self.optimizer, sum(steps))
+        self.schedule = _schedule(settings.schedule, self.optimizer, steps)
         self.done = 0
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
@@ -296,12 +296,13 @@ def build(name: str, data: ImageData) -> nn.Module:
     return model
 
 
-def _schedule(name: str, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    if name != "paper":
-        return make_schedule(name, optimizer, steps)
+def _schedule(name: str, optimizer: torch.optim.Optimizer, steps: list[int]) -> LambdaLR:
+    total = sum(steps)
+    if name != "paper":  # in few steps, a ResNet-56 comes to nothing without a warm-up
+        return make_schedule(name, optimizer, total, warmup_steps=steps[0])
     # a tenth after 150, 180 and 210 of 240 epochs
 
     def factor(step: int) -> float:
-        return 0.1 ** sum(step >= share * steps for share in (150 / 240, 180 / 240, 210 / 240))
+        return 0.1 ** sum(step >= share * total for share in (150 / 240, 180 / 240, 210 / 240))
 
     return LambdaLR(optimizer, factor)

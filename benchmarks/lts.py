@@ -46,11 +46,11 @@ RUNS = Path("runs")
 PARTS = ("accuracy", "step", "bookkeeping")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
-    "images": 2000,
+    "images": 1000,
     "model": "resnet20",
     "float_epochs": 12,
     "epochs": 6,
-    "batch_size": 64,
+    "batch_size": 32,
     "float_lr": 0.1,
     "lr": 0.02,
     "device": "cpu",

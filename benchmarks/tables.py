@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import training_tables
 import winograd_tables
-from published import RESULTS, ROOT, load, markdown, origin
+from published import RESULTS, ROOT, load, markdown, origin, percent, points
 
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -28,8 +29,8 @@ def lbc_step() -> str:
         rows.append([case, "dense", _spread(dense), ""])
         for name, ratio in result["overhead"].items():
             overhead = (
-                f"{_percent(ratio['median'])} "
-                f"({_percent(ratio['quartile_low'])} to {_percent(ratio['quartile_high'])})"
+                f"{percent(ratio['median'])} "
+                f"({percent(ratio['quartile_low'])} to {percent(ratio['quartile_high'])})"
             )
             rows.append(["", name, _spread(result["times"][name]), overhead])
     header = ["network", "step", "median ms (10-90 %)", "overhead, paired (quartiles)"]
@@ -80,7 +81,7 @@ def accuracy_table(name: str, command: str) -> str:
                     "" if pattern == "dense" else pattern,
                     LABELS[method],
                     f"{100 * entry['mean']:.2f} %{deviation}",
-                    *[_difference(entry.get("minus", {}).get(other)) for other in others],
+                    *[points(entry.get("minus", {}).get(other)) for other in others],
                 ]
             )
     header = ["pattern", "method", "accuracy ± sd", *[f"minus {LABELS[name]}" for name in others]]
@@ -93,185 +94,6 @@ def accuracy_table(name: str, command: str) -> str:
         "seed, with their 95 % interval."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
-
-
-def lts_accuracy() -> str:
-    return lts_accuracy_table("lts", "python benchmarks/lts.py")
-
-
-def lts_gpu() -> str:
-    return lts_accuracy_table("lts_gpu", "python benchmarks/lts.py --full")
-
-
-def lts_accuracy_table(name: str, command: str) -> str:
-    if not (RESULTS / f"{name}.json").is_file():
-        return f"*Not measured yet: `{command}`.*"
-    found = load(name)
-    if not found["accuracy"]:
-        return f"*Not measured yet: `{command} --parts accuracy`.*"
-    rows = []
-    for bits, methods in sorted(found["accuracy"].items(), key=lambda item: -int(item[0])):
-        for method in ("float", "qat", "lts"):
-            entry = methods.get(method)
-            if entry is None:
-                continue
-            deviation = "" if entry["sd"] is None else f" ± {100 * entry['sd']:.2f}"
-            saved = entry.get("saved")
-            counted = ["", "", ""]
-            if saved is not None:
-                keys = ("updates", "backward", "backward_by_work")
-                counted = [f"{100 * saved[key]:.1f} %" for key in keys]
-            rows.append(
-                [
-                    "" if method in ("float", "lts") else f"{bits} bits",
-                    LTS_LABELS[method],
-                    f"{100 * entry['mean']:.2f} %{deviation}",
-                    _difference(entry.get("minus")),
-                    *counted,
-                ]
-            )
-    header = ["", "training", "accuracy ± sd", "minus without freezing", "updates saved"]
-    header += ["backward, counted", "by layers' work"]
-    settings = found["settings"]["accuracy"]
-    images = f"{settings['images']:,}" if settings["images"] else "all"
-    tested = next(iter(found["runs"].values()))["test_images"]
-    note = (
-        f"{settings['model']} on {images} training images, {settings['float_epochs']} epochs in "
-        f"floats and {settings['epochs']} from there, batch {settings['batch_size']}, tested on "
-        f"{tested:,}. Differences are in points, paired by seed, with their 95 % interval."
-    )
-    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
-
-
-LTS_LABELS = {"float": "in floats", "qat": "without freezing", "lts": "LTS"}
-
-
-def lts_step() -> str:
-    command = "python benchmarks/lts.py --parts step bookkeeping"
-    if not (RESULTS / "lts.json").is_file():
-        return f"*Not measured yet: `{command}`.*"
-    found = load("lts")
-    if not found["step"] or not found["bookkeeping"]:
-        return f"*Not measured yet: `{command}`.*"
-    rows = [
-        [
-            f"{share} of the run",
-            f"{100 * row['frozen']:.1f} %",
-            f"{100 * row['left_out']:.1f} %",
-            f"{row['dense_ms']:.0f} ms",
-            f"{row['saving_ms']:.0f} ms",
-            f"{100 * row['share']:.1f} %",
-            f"{row['gradient_difference']:.0e}",
-        ]
-        for share, row in found["step"].items()
-    ]
-    header = ["ResNet-18, 2 bits", "weights frozen", "of the weights' gradients left out"]
-    header += ["whole step", "with the saving", "saved", "gradients differ by"]
-    settings = found["settings"]["step"]
-    batch = next(iter(found["step"].values()))["batch_size"]
-    images = f"{settings['images']:,}" if settings["images"] else "all"
-    note = (
-        f"Batch {batch}; from checkpoints of one run of {settings['epochs']} epochs on {images} "
-        f"images, batch {settings['batch_size']}."
-    )
-    model, kept = next(iter(found["bookkeeping"].items()))
-    ratio = kept["overhead"]
-    note += (
-        f" Bookkeeping in {model}, batch 128: {_percent(ratio['median'])} of a step, quartiles "
-        f"{_percent(ratio['quartile_low'])} to {_percent(ratio['quartile_high'])}."
-    )
-    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
-
-
-def kcd_accuracy() -> str:
-    return kcd_table("kcd", "python benchmarks/kcd.py")
-
-
-def kcd_accuracy_medium() -> str:
-    return kcd_table("kcd_medium", "python benchmarks/kcd.py --medium")
-
-
-def kcd_accuracy_gpu() -> str:
-    return kcd_table("kcd_gpu", "python benchmarks/kcd.py --full")
-
-
-def kcd_table(name: str, command: str) -> str:
-    """Accuracy of each method, and its difference to the others that it must be held against."""
-    if not (RESULTS / f"{name}.json").is_file():
-        return f"*Not measured yet: `{command}`.*"
-    found = load(name)
-    rows = []
-    for method, entry in found["comparison"].get("accuracy", {}).items():
-        kind, _, ratio = method.partition(" ")
-        passes = [entry["forwards"][seed] for seed in entry["forwards"]]
-        deviation = (
-            "" if entry["accuracy"]["sd"] is None else f" ± {100 * entry['accuracy']['sd']:.2f}"
-        )
-        minus = entry["minus"]
-        rows.append(
-            [
-                f"{KCD_LABELS[kind]}{f', {ratio} kept' if ratio else ''}",
-                f"{100 * entry['accuracy']['mean']:.2f} %{deviation}",
-                _difference(minus.get("kd")) if kind != "student" else "",
-                _difference(minus.get(f"random {ratio}")) if kind == "kcd" else "",
-                _passes(passes, "student"),
-                _passes(passes, "teacher"),
-                f"{entry['seconds']['mean']:.0f} s",
-            ]
-        )
-    header = ["method", "accuracy ± sd", "minus KD", "minus random"]
-    header += ["student's passes", "teacher's passes", "training"]
-    settings, teacher = found["settings"], found["teacher"]
-    images = f"{settings['images']:,}" if settings["images"] else "all"
-    tested = next(iter(found["runs"].values()))["test_images"]
-    note = (
-        f"{settings['teacher']} ({100 * teacher['accuracy']:.2f} %) teaches "
-        f"{settings['student']} on {images} images, {settings['epochs']} epochs, batch "
-        f"{settings['batch_size']}, tested on {tested:,}. Differences are in points, paired by "
-        "seed, with their 95 % interval."
-    )
-    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
-
-
-def kcd_time() -> str:
-    return kcd_time_table("kcd", "python benchmarks/kcd.py")
-
-
-def kcd_time_medium() -> str:
-    return kcd_time_table("kcd_medium", "python benchmarks/kcd.py --medium")
-
-
-def kcd_time_table(name: str, command: str) -> str:
-    """What condensation saves where the teacher answers every batch: counted, and by the clock."""
-    if not (RESULTS / f"{name}.json").is_file():
-        return f"*Not measured yet: `{command}`.*"
-    found = load(name)
-    entries = found["comparison"].get("time", {})
-    if not entries:
-        return f"*Not measured yet: `{command} --parts time`.*"
-    plain = entries.get("kd")
-    rows = []
-    for method, entry in entries.items():
-        passes = [entry["forwards"][seed] for seed in entry["forwards"]]
-        counted = ""
-        if plain is not None and method != "kd":
-            theirs = sum(p["student"] + p["teacher"] for p in plain["forwards"].values())
-            ours = sum(p["student"] + p["teacher"] for p in passes)
-            counted = f"{1 - ours / len(passes) / (theirs / len(plain['forwards'])):.1%}"
-        rows.append(
-            [
-                f"{KCD_LABELS[method.partition(' ')[0]]} {method.partition(' ')[2]}".strip(),
-                _passes(passes, "student"),
-                _passes(passes, "teacher"),
-                counted,
-                f"{entry['seconds']['mean']:.1f} s",
-                _share(entry.get("time_saved")),
-                _share(entry.get("cpu_saved")),
-            ]
-        )
-    header = ["method", "student's passes", "teacher's passes", "fewer passes", "training"]
-    header += ["less time", "less CPU time"]
-    return f"{markdown(header, rows)}\n\n{origin(found)}"
 
 
 def folder_startup() -> str:
@@ -437,12 +259,6 @@ def bench_table(name: str) -> str:
     return f"{markdown(header, rows)}\n{skipped}\n{origin(found)}"
 
 
-KCD_LABELS = {
-    "student": "student alone",
-    "kd": "KD, all samples",
-    "kcd": "KCD",
-    "random": "random dropping",
-}
 LABELS = {
     "dense": "dense",
     "magnitude": "magnitude",
@@ -454,14 +270,14 @@ LABELS = {
 TABLES: dict[str, Callable[[], str]] = {
     "lbc_accuracy": lbc_accuracy,
     "lbc_accuracy_gpu": lbc_accuracy_gpu,
-    "lts_accuracy": lts_accuracy,
-    "lts_step": lts_step,
-    "lts_gpu": lts_gpu,
-    "kcd_accuracy": kcd_accuracy,
-    "kcd_accuracy_medium": kcd_accuracy_medium,
-    "kcd_accuracy_gpu": kcd_accuracy_gpu,
-    "kcd_time": kcd_time,
-    "kcd_time_medium": kcd_time_medium,
+    "lts_accuracy": training_tables.lts_accuracy,
+    "lts_step": training_tables.lts_step,
+    "lts_gpu": training_tables.lts_gpu,
+    "kcd_accuracy": training_tables.kcd_accuracy,
+    "kcd_accuracy_medium": training_tables.kcd_accuracy_medium,
+    "kcd_accuracy_gpu": training_tables.kcd_accuracy_gpu,
+    "kcd_time": training_tables.kcd_time,
+    "kcd_time_medium": training_tables.kcd_time_medium,
     "nm_engine": nm_engine,
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
@@ -508,32 +324,6 @@ def main() -> int:
 
 def _spread(times: dict[str, float]) -> str:
     return f"{times['median_ms']:.0f} ({times['p10_ms']:.0f}-{times['p90_ms']:.0f})"
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    if found["low"] is None:
-        return f"{100 * found['mean']:+.2f}, {found['verdict']}"
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['mean']:+.2f} ({low:+.2f} to {high:+.2f}), {found['verdict']}"
-
-
-def _passes(passes: list[dict[str, int]], network: str) -> str:
-    counts = {entry[network] for entry in passes}
-    return f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-
-
-def _share(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    if found["low"] is None:
-        return f"{found['mean']:.1%}, one seed"
-    return f"{found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
-
-
-def _percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def _bytes(value: int | None) -> str:

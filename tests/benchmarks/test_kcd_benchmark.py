@@ -10,7 +10,8 @@ import torch
 import common
 import kcd
 import kcd_training
-import tables
+import published
+import training_tables
 from kcd_training import RandomSet, Run, Training
 from tenfold.errors import UserError
 from tenfold.methods import condensed_sizes
@@ -24,7 +25,7 @@ SIZES = condensed_sizes(120, 0.5, 3)
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module in (common, kcd, tables):
+    for module in (common, kcd, published, training_tables):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     (tmp_path / "net.py").write_text(NET)
 
@@ -54,11 +55,11 @@ def test_all_parts_in_one_go_and_in_pieces(monkeypatch, capsys):
     assert set(whole["comparison"]["accuracy"]) == {"student", "kd", "kcd 0.5", "random 0.5"}
     assert set(whole["comparison"]["time"]) == {"kd", "kcd 0.5"}
     assert len(runs["kcd-0.5-seed0"]["seconds"]) == 3
-    table = tables.kcd_table("tried", "")
+    table = training_tables.kcd_table("tried", "")
     assert "| KCD, 0.5 kept |" in table
     assert f"| {drawn:,} |" in table
     saved = 1 - drawn / 360
-    assert f"| {saved:.1%} |" in tables.kcd_time_table("tried", "")
+    assert f"| {saved:.1%} |" in training_tables.kcd_time_table("tried", "")
 
     (common.RESULTS / "tried.json").unlink()
     epochs = iter([True, True, True] + 3 * [True, True, True, False] + 99 * [True])

@@ -177,7 +177,7 @@ def edit_of(structure, module):
 DAMAGES = {
     "evil type": (
         lambda s: edit_of(s, "layer1.0.conv1").update(type="os.system"),
-        "os.system of layer1.0.conv1 doesn't fit Conv2d",
+        r"an edit of type 'os\.system'",
     ),
     "unknown module": (
         lambda s: edit_of(s, "layer1.0.conv1").update(module="layer9.conv1"),
@@ -257,5 +257,6 @@ def test_an_optimized_model_starts_no_training(saved):
 def test_the_edits_are_a_closed_list():
     assert edits.EDITS == (
         "FoldedNorm", "Bias", "Replaced", "NMConv2d", "NMLinear", "PackedWinogradConv3d",
-        "WinogradConv3d",
+        "WinogradConv3d", "QuantizedConv1d", "QuantizedConv2d", "QuantizedConv3d",
+        "QuantizedLinear",
     )  # fmt: skip

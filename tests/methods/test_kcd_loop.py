@@ -1,4 +1,4 @@
-"""KCD in a plain loop: what is drawn, counted, mixed, kept in checkpoints, and refused."""
+"""KCD in a plain loop: what is drawn, counted, mixed and compared."""
 
 from __future__ import annotations
 
@@ -10,77 +10,27 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from tenfold.errors import StateError, UserError
+from tenfold.errors import StateError
 from tenfold.methods import KCD, LBC, condensed_sizes, distillation_loss, find, prediction_entropy
 from tenfold.methods.condensed_data import CondensedSampler
+from tests.distilling import (
+    CLASSES,
+    SIZE,
+    Pictures,
+    data,
+    epoch,
+    images,
+    make,
+    network,
+    same,
+    scaled,
+    start,
+    teacher,
+)
 
 pytestmark = pytest.mark.unit
-SIZE, CLASSES = 48, 3
-
-
-def network(seed: int, width: int = 8, dropout: float = 0.0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, CLASSES),
-    )
-
-
-def teacher(seed: int = 1) -> nn.Module:
-    return network(seed, width=12).eval().requires_grad_(False)
-
-
-def images(size: int = SIZE) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (size, 1, 6, 6), generator=generator, dtype=torch.uint8)
-
-
-def data(size: int = SIZE) -> TensorDataset:
-    return TensorDataset(images(size), torch.arange(size) % CLASSES)
-
-
-def scaled(image: torch.Tensor) -> torch.Tensor:
-    return image.float() / 255 - 0.5
-
-
-def start(kcd: KCD, *, epochs: int = 6, seed: int = 0, dropout: float = 0.0, **options):
-    student = network(0, dropout=dropout)
-    options = {"dataset": data(), "transform": scaled, **options}
-    student = kcd.attach(student, epochs=epochs, seed=seed, **options)
-    optimizer = torch.optim.SGD(kcd.parameters_for(student), lr=0.05, momentum=0.9)
-    return student, optimizer
-
-
-def epoch(kcd: KCD, student: nn.Module, optimizer, workers: int = 0, **loader) -> list[int]:
-    """Train one epoch and return the ids that were drawn."""
-    drawn: list[int] = []
-    loader = loader.get("loader") or DataLoader(kcd.dataset, 8, sampler=kcd.sampler)
-    student.train()
-    for image, label, ids in loader:
-        optimizer.zero_grad()
-        kcd.loss(image, label, ids).backward()
-        optimizer.step()
-        drawn += ids.tolist()
-    kcd.epoch_end()
-    return drawn
-
-
-def make(**options) -> KCD:
-    return KCD(**{"teacher": teacher(), "keep_ratio": 0.5, "stages": 3, **options})
-
-
-def same(one: nn.Module, other: nn.Module) -> None:
-    for key, value in one.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key]), key
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -272,21 +222,6 @@ def test_a_copy_that_would_miss_mixed_images_is_refused_in_a_loader_process():
         next(iter(loader))
 
 
-class Pictures(Dataset):
-    """As torchvision has them: PIL images, transformed afterwards."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def __len__(self) -> int:
-        return SIZE
-
-    def __getitem__(self, index: int):
-        pixels = images()[index, 0].numpy()
-        image = Image.fromarray(pixels) if self.kind == "pil" else pixels
-        return image, index % CLASSES
-
-
 @pytest.mark.parametrize("kind", ["pil", "numpy"])
 def test_pil_images_and_arrays(kind):
     def floats(image) -> torch.Tensor:
@@ -371,152 +306,6 @@ def test_without_gradients_nothing_is_noted():
     assert kcd.forwards["student"] == 8
 
 
-# -- the cache ------------------------------------------------------------------------------------
-
-
-def test_the_cache_asks_once_for_each_view_and_once_more_for_mixed_pixels():
-    kcd = make(teacher_cache="memory")
-    student, optimizer = start(kcd, views=1)
-    for _ in range(6):
-        epoch(kcd, student, optimizer)
-    mixed = int((kcd._work.knowledge.versions > 0).sum())
-    assert kcd.forwards["student"] == 240
-    assert SIZE < kcd.forwards["teacher"] <= SIZE + int(kcd._work.knowledge.versions.sum())
-    assert mixed > 0
-    plain = make(keep_ratio=1.0, teacher_cache="memory")
-    student, optimizer = start(plain, views=1)
-    for _ in range(6):
-        epoch(plain, student, optimizer)
-    assert plain.forwards["teacher"] == SIZE
-
-
-@pytest.mark.parametrize("place", ["memory", "folder"])
-@pytest.mark.parametrize("source", ["current", "original"])
-def test_the_cache_changes_nothing_but_the_count(place, source, tmp_path):
-    runs = []
-    for cache in ("off", place if place == "memory" else str(tmp_path / "answers")):
-        kcd = make(teacher_cache=cache, mix_source=source)
-        student, optimizer = start(kcd, views=1)
-        drawn = [epoch(kcd, student, optimizer) for _ in range(6)]
-        runs.append((drawn, kcd.finalize(student).state_dict(), kcd.forwards))
-    assert runs[0][0] == runs[1][0]
-    for key, value in runs[0][1].items():
-        torch.testing.assert_close(runs[1][1][key], value, rtol=1e-4, atol=1e-5)
-    assert runs[1][2]["teacher"] < 0.6 * runs[0][2]["teacher"]
-
-
-def test_views_are_told_apart():
-    """Mirrored or not: the answer to one view is never served for the other."""
-    kcd = make(keep_ratio=1.0, teacher_cache="memory", label_weight=0.0, logit_weight=1.0)
-    student, _ = start(kcd, views=2)
-    student.eval()
-    pixels = torch.stack([kcd.dataset[i][0] for i in range(8)])
-    ids, guide = torch.arange(8), kcd.teacher
-    for mirrored in (0, 1, 0, 1):
-        image = pixels.flip(-1) if mirrored else pixels
-        views = torch.full((8,), mirrored)
-        found = kcd.loss(image, torch.zeros(8).long(), ids, views=views)
-        torch.testing.assert_close(found, distillation_loss(student(image), guide(image)))
-    assert kcd.forwards["teacher"] == 16
-    with pytest.raises(UserError, match=r"views from 2 to 2: expected 0 to 1"):
-        kcd.loss(pixels, torch.zeros(8).long(), ids, views=torch.full((8,), 2))
-    with pytest.raises(UserError, match="views=0: expected at least 1"):
-        start(make(teacher_cache="memory"), views=0)
-
-
-def test_a_cache_on_disk_serves_the_next_run_but_no_other_teacher(tmp_path):
-    folder = str(tmp_path / "answers")
-    counts = []
-    for _ in range(2):
-        kcd = make(keep_ratio=1.0, teacher_cache=folder)
-        student, optimizer = start(kcd, epochs=3, views=1)
-        epoch(kcd, student, optimizer)
-        counts.append(kcd.forwards["teacher"])
-    assert counts == [48, 0]
-    other = make(teacher=teacher(7), teacher_cache=folder)
-    student, optimizer = start(other, views=1)
-    with pytest.raises(UserError, match=r"another teacher or data set; it differs in teacher"):
-        epoch(other, student, optimizer)
-
-
-def test_mixed_images_of_an_earlier_run_are_not_served(tmp_path):
-    folder = str(tmp_path / "answers")
-    for seed in (0, 1):
-        kcd = make(teacher_cache=folder, label_weight=0.0, logit_weight=1.0)
-        student, optimizer = start(kcd, views=1, seed=seed)
-        for _ in range(4):
-            epoch(kcd, student, optimizer)
-    ids = torch.nonzero(kcd._work.knowledge.versions).flatten()
-    image = torch.stack([kcd.dataset[int(i)][0] for i in ids])
-    student.eval()
-    with torch.no_grad():
-        found = kcd.loss(image, torch.zeros(len(ids)).long(), ids)
-        torch.testing.assert_close(found, distillation_loss(student(image), kcd.teacher(image)))
-
-
-# -- checkpoints ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"mix_source": "original"},
-        {"distiller": "contrast", "layers": ["7"], "negatives": 8},
-        {"distiller": "vid", "layers": ["4"]},
-    ],
-    ids=lambda options: options.get("distiller") or options.get("mix_source") or "kd",
-)
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_resumed_run_is_the_unbroken_one(options, stop, tmp_path):
-    def run(epochs, state=None):
-        kcd = make(**options)
-        student, optimizer = start(kcd)
-        if state is not None:
-            student.load_state_dict(state["student"])
-            kcd.load_state_dict(state["kcd"])
-            optimizer.load_state_dict(state["optimizer"])
-        drawn = [epoch(kcd, student, optimizer) for _ in range(epochs)]
-        saved = {
-            "student": student.state_dict(),
-            "kcd": kcd.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        return kcd, student, drawn, saved
-
-    whole, student, drawn, _ = run(6)
-    state = run(stop)[3]
-    torch.save(state, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed, other, rest, _ = run(6 - stop, state)
-    assert rest == drawn[stop:]
-    assert resumed.forwards == whole.forwards
-    assert torch.equal(resumed._work.knowledge.table.sums, whole._work.knowledge.table.sums)
-    assert whole.kept.tolist() == resumed.kept.tolist()
-    same(whole.finalize(student), resumed.finalize(other))
-
-
-@pytest.mark.parametrize(
-    ("other", "options", "text"),
-    [
-        ({"keep_ratio": 0.6}, {}, r"keep_ratio=0\.5, and this KCD has 0\.6"),
-        ({"stages": 2}, {}, "stages=3, and this KCD has 2"),
-        ({}, {"dataset": data(40)}, "samples=48, and this KCD has 40"),
-        ({"teacher": teacher(5)}, {}, "teacher="),
-        ({}, {"epochs": 7}, "epochs=6, and this KCD has 7"),
-        ({"augment_max": 0.0}, {}, "another augment_max or mix_source"),
-    ],
-)
-def test_the_state_of_another_run_is_refused(other, options, text):
-    kcd = make()
-    student, optimizer = start(kcd)
-    epoch(kcd, student, optimizer)
-    again = make(**other)
-    start(again, **options)
-    with pytest.raises(UserError, match=text):
-        again.load_state_dict(kcd.state_dict())
-
-
 # -- composing ------------------------------------------------------------------------------------
 
 
@@ -559,180 +348,6 @@ def test_the_adapters_optimizer_is_nobodys_training_step():
         optimizer.step()
         sparsity.step()
     assert seen == ["SGD"] * 6
-
-
-# -- what is refused ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"keep_ratio": 0.0}, r"keep_ratio=0\.0"),
-        ({"keep_ratio": 1.1}, r"keep_ratio=1\.1"),
-        ({"stages": 0}, "stages=0"),
-        ({"augment_max": 1.0}, r"augment_max=1\.0"),
-        ({"augment_max": -0.1}, r"augment_max=-0\.1"),
-        ({"visit_power": -1.0}, r"visit_power=-1\.0"),
-        ({"temperature": 0.0}, r"temperature=0\.0"),
-        ({"distiller": "att"}, "did you mean at"),
-        ({"distiller": "at"}, r"name the modules they come from, such as layers: \[layer1"),
-        ({"distiller": "sp", "layers": ["a", "b"]}, "sp compares one layer"),
-        ({"layers": ["4"]}, "kd compares logits alone"),
-        ({"distiller": "vid", "layers": ["a"], "teacher_layers": ["a", "b"]}, "layers names 1"),
-        ({"distiller": "sp", "layers": "layer3"}, "expected a list of module names"),
-        ({"drop_window": "most"}, "drop_window='most': expected step or all"),
-        ({"mix_source": "new"}, "mix_source='new'"),
-        ({"unseen": "drop"}, "unseen='drop'"),
-        ({"label_weight": 0.0, "logit_weight": 0.0}, "nothing would be learned"),
-        ({"label_weight": -1.0}, r"label_weight=-1\.0"),
-        ({"feature_weight": 2.0}, "compares no features"),
-        ({"teacher_cache": ""}, "teacher_cache=''"),
-        ({"teacher_cache": "memory", "distiller": "sp", "layers": ["4"]}, "teacher_cache keeps"),
-        ({"teacher": 3}, "teacher=3"),
-        ({"teacher": ""}, "teacher=''"),
-        ({"negatives": 0}, "negatives=0"),
-    ],
-)
-def test_fields_that_can_not_be(fields, text):
-    with pytest.raises(UserError, match=text):
-        make(**fields)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield torch.zeros(1, 6, 6), 0
-
-
-class Odd(Pictures):
-    """One image is larger than the others."""
-
-    def __getitem__(self, index: int):
-        side = 7 if index == 5 else 6
-        return torch.zeros(1, side, side, dtype=torch.uint8), index % CLASSES
-
-
-FLOATS = TensorDataset(scaled(images()), torch.arange(SIZE) % CLASSES)
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "text"),
-    [
-        ({}, {"dataset": Stream()}, "Stream is a stream"),
-        ({}, {"dataset": TensorDataset(torch.zeros(0, 1), torch.zeros(0))}, "dataset is empty"),
-        ({}, {"dataset": [torch.zeros(1)]}, r"item 0 of the dataset is Tensor"),
-        ({}, {"epochs": 2}, "stages=3 and 2 epochs"),
-        ({"teacher": network(1)}, {}, "the teacher is in training mode"),
-        ({"teacher": network(1).eval()}, {}, "want gradients"),
-        ({"teacher": "resnet56"}, {}, "give the network itself"),
-        ({"distiller": "sp", "layers": ["44"]}, {}, "the (student|teacher) has no module '44'"),
-        ({"distiller": "at", "layers": ["7"]}, {}, "these layers give vectors"),
-        ({"teacher_cache": "memory"}, {}, r"attach\(…, views=…\)"),
-        ({}, {"dataset": FLOATS, "transform": None}, "image 0 of the dataset is torch.float32"),
-        ({}, {"dataset": Pictures("pil"), "transform": None}, "images as Image: expected tensors"),
-        ({}, {"total_steps": 5}, "gives it both"),
-        ({}, {"dataset": None}, "gives it both"),
-        ({"keep_ratio": 0.01, "stages": 1}, {}, "keeps none of 48|48 samples would leave"),
-        ({"keep_ratio": 0.2, "stages": 1}, {}, "38 samples would leave in stage 1"),
-    ],
-)
-def test_runs_that_can_not_be_are_refused_ahead_of_the_first_step(fields, options, text):
-    kcd = make(**fields)
-    with pytest.raises(UserError, match=text):
-        start(kcd, **options)
-
-
-def test_an_odd_image_is_named_when_it_is_to_be_mixed():
-    kcd = make()
-    start(kcd, dataset=Odd("odd"))
-    kcd.epoch_end()
-    values = torch.arange(SIZE, 0, -1.0)
-    values[5], values[36] = values[36].clone(), values[5].clone()  # among the last that stay
-    kcd._work.knowledge.table.record(torch.arange(SIZE), values)
-    with pytest.raises(UserError, match=r"\(id 5\): expected one shape"):
-        kcd.epoch_end()
-
-
-def test_a_student_that_is_its_own_teacher():
-    net = teacher()
-    with pytest.raises(UserError, match="share parameters"):
-        KCD(teacher=net).attach(net, dataset=data(), epochs=6, transform=scaled)
-
-
-def test_a_teacher_that_begins_to_train_is_noticed():
-    kcd = make()
-    student, optimizer = start(kcd)
-    kcd.teacher.train()
-    with pytest.raises(UserError, match="the teacher is in training mode"):
-        epoch(kcd, student, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("ids", "text"),
-    [
-        (None, "one id a sample; let the loader give"),
-        (torch.arange(5), r"ids are \(5,\)"),
-        (torch.arange(8.0), "ids are torch.float32: expected integers"),
-        (torch.arange(8) + 41, "ids from 41 to 48: expected 0 to 47"),
-        (torch.arange(8) - 1, "ids from -1 to 6"),
-        (torch.tensor([0, 1, 2, 3, 4, 5, 6, 2]), "ids 2 occur twice in a batch"),
-    ],
-)
-def test_ids_that_can_not_be(ids, text):
-    kcd = make()
-    start(kcd)
-    with pytest.raises(UserError, match=text):
-        kcd.loss(torch.zeros(8, 1, 6, 6), torch.zeros(8).long(), ids)
-
-
-@pytest.mark.parametrize(
-    ("logits", "text"),
-    [
-        (torch.zeros(8), "at least 2 classes"),
-        (torch.zeros(8, 1), "at least 2 classes"),
-        (torch.zeros(8, CLASSES + 1), "the teacher knows 3 classes and the student 4"),
-        (torch.tensor([[0.0, 0, 0]] * 6 + [[math.nan] * 3, [0, math.inf, 0]]), "ids 6, 7"),
-    ],
-)
-def test_logits_that_can_not_be(logits, text):
-    kcd = make()
-    start(kcd)
-    with pytest.raises(UserError, match=text):
-        kcd.loss(torch.zeros(8, 1, 6, 6), torch.zeros(8).long(), torch.arange(8), logits=logits)
-
-
-def test_samples_that_were_never_seen_stop_the_condensation():
-    kcd = make()
-    student, optimizer = start(kcd)
-    half = DataLoader(kcd.dataset, 8, sampler=range(24))
-    epoch(kcd, student, optimizer, loader=half)
-    with pytest.raises(UserError, match=r"24 of 48 samples have not been visited yet \(ids 24, 25"):
-        epoch(kcd, student, optimizer, loader=half)
-
-
-def test_a_dataset_that_changes_its_length_is_noticed():
-    growing = [(image, index % CLASSES) for index, image in enumerate(images())]
-    kcd = make()
-    student, optimizer = start(kcd, dataset=growing)
-    growing.append(growing[0])
-    with pytest.raises(UserError, match="the dataset has 49 samples and had 48"):
-        epoch(kcd, student, optimizer)
-
-
-def test_moments_that_come_too_early_or_too_late():
-    kcd = make()
-    with pytest.raises(StateError, match="attach"):
-        kcd.epoch_end()
-    with pytest.raises(StateError, match=r"attach\(student, dataset=…, epochs=…\) first"):
-        _ = kcd.dataset
-    student, optimizer = start(kcd, epochs=3)
-    with pytest.raises(StateError, match=r"call epoch_end\(\) after each"):
-        kcd.finalize(student)
-    with pytest.raises(StateError, match="one object serves one model once"):
-        start(kcd, epochs=3)
-    for _ in range(3):
-        epoch(kcd, student, optimizer)
-    with pytest.raises(StateError, match="all 3 epochs are done"):
-        kcd.epoch_end()
 
 
 def test_it_is_found_and_described():

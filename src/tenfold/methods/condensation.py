@@ -263,11 +263,12 @@ class ValueTable:
         self._new_counts = self._new_counts.to(device)
 
 
-def not_finite(ids: Tensor) -> UserError:
-    """Return the error for samples whose logits are not finite."""
+def not_finite(ids: Tensor, whose: str = "student") -> UserError:
+    """Return the error for samples for which a network's logits are not finite."""
+    advice = ", or train with a lower learning rate" if whose == "student" else " and the teacher"
     return UserError(
-        f"the student's logits are not finite for {len(ids)} samples (ids {shown(ids)}): look at "
-        "these images, or train with a lower learning rate"
+        f"the {whose}'s logits are not finite for {len(ids)} samples (ids {shown(ids)}): look at "
+        f"these images{advice}"
     )
 
 

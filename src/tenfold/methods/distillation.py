@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,7 @@ class Distillation:
                         f"the teacher knows {answer.shape[1]} classes and the student "
                         f"{logits.shape[1]}: give two networks with the same classes"
                     )
+                _check_finite("teacher", answer.sum(dim=1), ids)
                 if self.weights.logit:
                     answer = answer.to(logits.device, logits.dtype)
                     parts.append(
@@ -128,9 +129,7 @@ class Distillation:
 
     def _record(self, logits: Tensor, ids: Tensor) -> None:
         entropies = prediction_entropy(logits.detach())
-        # Elsewhere the sums are looked at when the epoch ends: asking now would stop the device.
-        if entropies.device.type == "cpu" and not bool(torch.isfinite(entropies).all()):
-            raise not_finite(ids[~torch.isfinite(entropies).to(ids.device)])
+        _check_finite("student", entropies, ids)
         if len(self.repeats):
             counted = ~torch.isin(ids, self.repeats.to(ids.device))
             ids, entropies = ids[counted], entropies[counted.to(entropies.device)]
@@ -190,10 +189,44 @@ class Distillation:
         """Return all forward passes, with those that only this process knows of."""
         return {name: self.forwards[name] + self._new[name] for name in self.forwards}
 
-    def load_forwards(self, forwards: Mapping[str, Any]) -> None:
-        """Restore what `counted` returned."""
-        self.forwards = {name: int(forwards[name]) for name in ("student", "teacher")}
+    def record(self, epoch_sizes: Sequence[int]) -> dict[str, Any]:
+        """Return forward passes and what is known of the samples, see `Method.record`.
+
+        Args:
+            epoch_sizes: samples of every epoch; all of them in the first.
+        """
+        plain = epoch_sizes[0] * len(epoch_sizes)
+        facts = [
+            [f"forward passes, {name}", f"{count:,} of {plain:,}, {1 - count / plain:.1%} saved"]
+            for name, count in self.counted().items()
+        ]
+        facts.append(["samples that came back", f"{sum(self.knowledge.revived):,}"])
+        return {
+            "facts": facts,
+            "forwards": self.counted(),
+            **self.knowledge.record(epoch_sizes),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the samples, and the counts."""
+        return {"knowledge": self.knowledge.state_dict(), "forwards": self.counted()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.knowledge.load_state_dict(state["knowledge"])
+        counts = state["forwards"]
+        self.forwards = {name: int(counts[name]) for name in ("student", "teacher")}
         self._new = {"student": 0, "teacher": 0}
+
+
+def _check_finite(whose: str, values: Tensor, ids: Tensor) -> None:
+    """Refuse values `(B,)` that are not finite, and name their ids.
+
+    On the CPU alone. Elsewhere the sums of entropies are looked at when the epoch ends: asking now
+    would stop the device.
+    """
+    if values.device.type == "cpu" and not bool(torch.isfinite(values).all()):
+        raise not_finite(ids[~torch.isfinite(values).to(ids.device)], whose)
 
 
 def check_ids(ids: Tensor, batch: int, size: int) -> Tensor:

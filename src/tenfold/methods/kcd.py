@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,6 @@ __all__ = [
 ]
 
 ADAPTER_RATE = 1e-3
-Found = TypeVar("Found")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -163,11 +162,7 @@ class KCD(Method):
         self._prepared: Prepared | None = None
         self._work: Distillation | None = None
         self._optimizer: Optimizer | None = None
-        self._resumed = False
-        # In a loop of one's own:
-        self._by_epochs = False
-        self._dataset: CondensedSet | None = None
-        self._sampler: CondensedSampler | None = None
+        self._loop: tuple[CondensedSet, CondensedSampler] | None = None  # of one's own
 
     # -- ahead of the run -----------------------------------------------------------------------
 
@@ -272,13 +267,12 @@ class KCD(Method):
         assert self._prepared is not None
         knowledge = self._prepared.knowledge
         data.mixing = knowledge.mixing
-        self._dataset = data
-        self._sampler = CondensedSampler(lambda: knowledge.ids, lambda: self.epoch, seed)
-        self._by_epochs = True
+        sampler = CondensedSampler(lambda: knowledge.ids, lambda: self.epoch, seed)
+        self._loop = data, sampler
 
     def _note_repeats(self) -> None:
-        if self._sampler is not None:
-            self._work_of().repeats = self._sampler.repeats()
+        if self._loop is not None:
+            self._work_of().repeats = self._loop[1].repeats()
 
     def on_attach(self, model: nn.Module) -> nn.Module:
         """Watch the layers, and register the weights of the feature loss."""
@@ -306,12 +300,12 @@ class KCD(Method):
     @property
     def dataset(self) -> CondensedSet:
         """The data set for a DataLoader of your own, of (image, label, id)."""
-        return self._of_the_loop(self._dataset)
+        return self._own_loop()[0]
 
     @property
     def sampler(self) -> CondensedSampler:
         """The sampler that goes with it; the number of batches changes from stage to stage."""
-        return self._of_the_loop(self._sampler)
+        return self._own_loop()[1]
 
     @property
     def kept(self) -> Tensor:
@@ -368,7 +362,7 @@ class KCD(Method):
         if self.teacher_cache != "off":
             if work.cache is None:
                 assert self._prepared is not None
-                work.cache = self._prepared.cache(self, goes_on=self._resumed)
+                work.cache = self._prepared.cache(self)
             if views is None and work.knowledge.data.views == 1:
                 views = torch.zeros_like(ids)
         return work.loss(logits, images, labels, ids, views, criterion)
@@ -391,7 +385,7 @@ class KCD(Method):
     def step(self) -> None:
         """Act after the optimizer's update; in a loop of your own `epoch_end` keeps the time."""
         self._attached_model()
-        if not self._by_epochs:
+        if self._loop is None:
             super().step()
 
     def epoch_end(self) -> None:
@@ -403,14 +397,14 @@ class KCD(Method):
                 were not finite.
         """
         self._attached_model()
-        if not self._by_epochs or self._dataset is None:
+        if self._loop is None:
             raise StateError("the engine that attached KCD ends its epochs: leave epoch_end out")
         if self.finished():
             raise StateError(f"all {self.steps_done} epochs are done: finalize the student")
         size = self._work_of().knowledge.data.size
-        if len(self._dataset) != size:
+        if len(self.dataset) != size:
             raise UserError(
-                f"the dataset has {len(self._dataset)} samples and had {size} when KCD was "
+                f"the dataset has {len(self.dataset)} samples and had {size} when KCD was "
                 "attached: keep it as it is, because an index is an id"
             )
         self._work_of().share()
@@ -481,24 +475,8 @@ class KCD(Method):
 
     def extra_state(self) -> dict[str, Any]:
         """Return values, the present stage, mixed pixels and counts."""
-        work = self._work_of()
-        return {
-            "facts": self._facts(),
-            "knowledge": work.knowledge.state_dict(),
-            "forwards": work.counted(),
-        }
-
-    def _facts(self) -> dict[str, Any]:
-        prepared = self._prepared
-        assert prepared is not None
-        return {
-            "samples": prepared.data.size,
-            "classes": prepared.classes,
-            "epochs": prepared.epochs,
-            "keep_ratio": self.keep_ratio,
-            "stages": self.stages,
-            "teacher": prepared.teacher.digest(),
-        }
+        assert self._prepared is not None
+        return {"facts": self._prepared.facts(self), **self._work_of().state_dict()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore them.
@@ -506,17 +484,15 @@ class KCD(Method):
         Raises:
             UserError: the state is of other data, another teacher or another configuration.
         """
-        ours = self._facts()
+        assert self._prepared is not None
+        ours = self._prepared.facts(self)
         for name, value in state["facts"].items():
             if value != ours.get(name):
                 raise UserError(
                     f"this checkpoint was written with {name}={value}, and this KCD has "
                     f"{ours.get(name)}: go on with the same data, teacher and fields"
                 )
-        work = self._work_of()
-        work.knowledge.load_state_dict(state["knowledge"])
-        work.load_forwards(state["forwards"])
-        self._resumed = True
+        self._work_of().load_state_dict(state)
         self._note_repeats()
 
     def metrics(self) -> dict[str, float]:
@@ -525,26 +501,17 @@ class KCD(Method):
 
     def record(self) -> dict[str, Any]:
         """Return forward passes, the value distribution, and the most and least valuable images."""
-        prepared, work = self._prepared, self._work_of()
-        assert prepared is not None
-        samples = len(prepared.data.ids)
-        plain = samples * prepared.epochs
-        facts = [
-            [f"forward passes, {name}", f"{count:,} of {plain:,}, {1 - count / plain:.1%} saved"]
-            for name, count in work.counted().items()
-        ]
-        facts.append(["samples that came back", f"{sum(work.knowledge.revived):,}"])
-        sizes = self.epoch_samples(samples, prepared.epochs)
-        return {"facts": facts, "forwards": work.counted(), **work.knowledge.record(sizes)}
+        assert self._prepared is not None
+        samples = len(self._prepared.data.ids)
+        return self._work_of().record(self.epoch_samples(samples, self._prepared.epochs))
 
-    @staticmethod
-    def _of_the_loop(value: Found | None) -> Found:
-        if value is None:
+    def _own_loop(self) -> tuple[CondensedSet, CondensedSampler]:
+        if self._loop is None:
             raise StateError(
                 "KCD has a dataset and a sampler in a loop of your own: attach(student, "
                 "dataset=…, epochs=…) first"
             )
-        return value
+        return self._loop
 
     def _work_of(self) -> Distillation:
         if self._work is None:
@@ -557,7 +524,7 @@ class KCD(Method):
         Raises:
             StateError: not attached, another model, or epochs are left.
         """
-        if self._by_epochs and not self.finished():
+        if self._loop is not None and not self.finished():
             raise StateError(
                 f"KCD has not finished: {self.steps_done} epochs are done; call epoch_end() after "
                 "each one, to the last"

@@ -65,8 +65,8 @@ class KnowledgeSet:
         self.keep = data.ids
         self.done = 0
         self.revived: list[int] = []
-        # Counts the changes of an image's pixels, so that nothing old is taken for the new.
-        self.versions = torch.zeros(data.size, dtype=torch.uint8)
+        # Of every image's pixels: 0 as they are stored, else a checksum of the mixed ones.
+        self.versions = torch.zeros(data.size, dtype=torch.int32)
         leaving = self._leaving()
         for stage, count in enumerate(leaving, 1):
             if count > self.sizes[stage]:
@@ -133,7 +133,7 @@ class KnowledgeSet:
 
     def _mix(self, found: Condensation) -> None:
         if isinstance(self.mixing, LazyMixing):
-            changed = self.mixing.pair(found.boundary, found.drop, found.shares)
+            self.mixing.pair(found.boundary, found.drop, found.shares)
         elif self.mixing is not None:
             assert self.data.stored is not None
             images, partners = (
@@ -141,9 +141,7 @@ class KnowledgeSet:
                 for ids in (found.boundary, found.drop)
             )
             changed = self.mixing.mix(found.boundary, images, partners, found.shares)
-        else:
-            return
-        self.versions[changed] += 1
+            self.versions[changed] = self.mixing.checksums(changed)
 
     def cacheable(self, ids: Tensor) -> Tensor:
         """Tell whose views are those of one image alone: bool `(B,)`."""

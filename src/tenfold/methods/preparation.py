@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -64,7 +64,18 @@ class Prepared:
             self.teacher, self.knowledge, loss_weights(kcd), kcd.temperature, taps, features
         )
 
-    def cache(self, kcd: KCD, goes_on: bool) -> TeacherCache:
+    def facts(self, kcd: KCD) -> dict[str, Any]:
+        """Return what a checkpoint must agree in, to be gone on with."""
+        return {
+            "samples": self.data.size,
+            "classes": self.classes,
+            "epochs": self.epochs,
+            "keep_ratio": kcd.keep_ratio,
+            "stages": kcd.stages,
+            "teacher": self.teacher.digest(),
+        }
+
+    def cache(self, kcd: KCD) -> TeacherCache:
         """Open the cache that the fields name."""
         return open_cache(
             kcd.teacher_cache,
@@ -72,7 +83,6 @@ class Prepared:
             self.classes,
             teacher=self.teacher.digest(),
             limit=kcd.cache_limit_gib * 2**30,
-            goes_on=goes_on,
         )
 
 

@@ -2,8 +2,8 @@
 
 A view is what augmentation makes of an image: without augmentation there is one, with mirroring
 two, with CIFAR's crops and mirroring 162. An entry is found by sample, view, and the version of the
-sample's pixels, which changes when they are mixed: what is served is what the teacher would say to
-the same pixels. It stands for the logits alone, not for features.
+sample's pixels, a checksum once they were mixed: what is served is what the teacher said to the
+same pixels, whichever run asked. It stands for the logits alone, not for features.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TeacherCache:
         UserError: it would be too large, or the folder holds other logits.
 
     >>> cache = TeacherCache(10, views=2, classes=3)
-    >>> ids, views, versions = torch.tensor([4, 7]), torch.tensor([0, 1]), torch.zeros(2).byte()
+    >>> ids, views, versions = torch.tensor([4, 7]), torch.tensor([0, 1]), torch.zeros(2).int()
     >>> cache.known(ids, views, versions).tolist()
     [False, False]
     >>> cache.store(ids, views, versions, torch.ones(2, 3))
@@ -57,7 +57,7 @@ class TeacherCache:
         facts: Mapping[str, Any] | None = None,
         limit: float = 2**33,
     ):
-        needed = size * views * (4 * classes + 1)
+        needed = size * views * 4 * (classes + 1)
         if needed > limit:
             raise UserError(
                 f"the teacher's logits of {size:,} samples in {views} views take "
@@ -68,7 +68,7 @@ class TeacherCache:
         if folder is None:
             # The system hands out these pages one by one, as logits are written to them.
             self._logits = torch.empty(shape, dtype=torch.float32)
-            self._stamps = torch.zeros(shape[:2], dtype=torch.uint8)
+            self._stamps = torch.zeros(shape[:2], dtype=torch.int32)
         else:
             self._open(folder, shape, dict(facts or {}))
 
@@ -85,12 +85,12 @@ class TeacherCache:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, width in (("logits", 4 * shape[2]), ("stamps", 1)):
+            for name, width in (("logits", shape[2]), ("stamps", 1)):
                 with (folder / name).open("wb") as file:
-                    file.truncate(shape[0] * shape[1] * width)  # zeros that take no room yet
+                    file.truncate(4 * shape[0] * shape[1] * width)  # zeros that take no room yet
             notes.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         logits = np.memmap(folder / "logits", np.float32, "r+", shape=shape)
-        stamps = np.memmap(folder / "stamps", np.uint8, "r+", shape=shape[:2])
+        stamps = np.memmap(folder / "stamps", np.int32, "r+", shape=shape[:2])
         self._logits, self._stamps = torch.from_numpy(logits), torch.from_numpy(stamps)
 
     def known(self, ids: Tensor, views: Tensor, versions: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class TeacherCache:
         Args:
             ids: `(B,)`, on the CPU like all others.
             views: `(B,)`.
-            versions: of the samples' pixels, uint8 `(B,)`.
+            versions: of the samples' pixels, int32 `(B,)`, at least 0.
 
         Returns:
             bool `(B,)`.
@@ -115,13 +115,9 @@ class TeacherCache:
         self._logits[ids, views] = logits.to("cpu", torch.float32)
         self._stamps[ids, views] = versions + 1
 
-    def forget_changed(self) -> None:
-        """Forget logits of pixels that were mixed: another run mixes others."""
-        self._stamps[self._stamps > 1] = 0
-
 
 def open_cache(
-    place: str, data: TrainingSet, classes: int, *, teacher: int, limit: float, goes_on: bool
+    place: str, data: TrainingSet, classes: int, *, teacher: int, limit: float
 ) -> TeacherCache:
     """Open a cache in memory or in a folder.
 
@@ -131,7 +127,6 @@ def open_cache(
         classes: of the logits.
         teacher: checksum of its weights.
         limit: the most bytes.
-        goes_on: the run was resumed, and so are its mixed images.
 
     Raises:
         UserError: see `TeacherCache`.
@@ -149,7 +144,4 @@ def open_cache(
         "images": zlib.crc32(images),
     }
     folder = Path(place)
-    cache = TeacherCache(data.size, data.views, classes, folder=folder, facts=facts, limit=limit)
-    if not goes_on:
-        cache.forget_changed()
-    return cache
+    return TeacherCache(data.size, data.views, classes, folder=folder, facts=facts, limit=limit)
