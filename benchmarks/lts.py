@@ -3,14 +3,16 @@
     python benchmarks/lts.py                     # the small setting, for one CPU core
     python benchmarks/lts.py --minutes 9         # stop cleanly after 9 minutes; repeat to go on
     python benchmarks/lts.py --parts accuracy --seeds 0 --bits 2 4     # some of it
+    python benchmarks/lts.py --parts checkpoints # what `step` needs, while the machine is busy
     python benchmarks/lts.py --full --minutes 9  # all images, the paper's recipe, on a GPU
 
-Three parts:
+Its parts:
 
 - accuracy: ResNet-20 on CIFAR-10, trained in floats, then to 2, 3 and 4 bits from there: with LTS,
   and by the same quantization-aware training without freezing. Paired by seed.
-- step: ResNet-18 in its form for 32x32 images trained to 2 bits; from its checkpoints at 4/6, 5/6
-  and 6/6 of the run, whole training steps with the saving on and off, in turn.
+- step: ResNet-18 in its form for 32x32 images trained to 2 bits (which is the part checkpoints);
+  from its checkpoints at 4/6, 5/6 and 6/6 of the run, whole training steps with the saving on and
+  off, in turn.
 - bookkeeping: a step of LTS in the middle of its run with the saving off, beside the same without
   freezing, at batch 128.
 
@@ -43,7 +45,7 @@ from tenfold.methods import LTS
 from training import Clock
 
 RUNS = Path("runs")
-PARTS = ("accuracy", "step", "bookkeeping")
+PARTS = ("accuracy", "checkpoints", "step", "bookkeeping")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
     "images": 1000,
@@ -54,7 +56,7 @@ SMALL: dict[str, Any] = {
     "float_lr": 0.1,
     "lr": 0.02,
     "device": "cpu",
-    "step_images": 1280,
+    "step_images": 640,
     "step_float_epochs": 3,
     "step_epochs": 6,
     "step_batch_size": 64,
@@ -231,7 +233,7 @@ def step(given: argparse.Namespace, settings: Settings, results: Results, clock:
                 if done is None:
                     return False
                 torch.save({}, folder / f"{each.name}-done.pt")
-        for share, epoch in moments.items():
+        for share, epoch in moments.items() if "step" in given.parts else ():
             if results.has("step", share):
                 continue
             training = Training(run, settings, data, folder)
@@ -331,7 +333,7 @@ def main(words: Sequence[str] | None = None) -> int:
     done = True
     if "bookkeeping" in given.parts:
         bookkeeping(given, small, results)
-    if "step" in given.parts:
+    if {"step", "checkpoints"} & set(given.parts):
         done = step(given, large, results, clock) and done
     if "accuracy" in given.parts:
         done = accuracy(given, small, results, clock) and done
