@@ -113,6 +113,27 @@ def test_the_fastest_tile_is_chosen_and_a_slow_one_is_not(monkeypatch):
     assert rows["4.conv1"].dense_ms == 1.0
 
 
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(4, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum().item() < float("inf") else x
+
+
+@pytest.mark.parametrize("network", [nn.Conv3d(4, 4, 3), Untraceable()], ids=["alone", "no graph"])
+def test_where_nothing_can_be_fused_the_fastest_tile_is_chosen_too(monkeypatch, network):
+    monkeypatch.setattr(native, "missing", lambda: None)
+    times = {Option((4, 4, 4)): 0.5, Option((2, 4, 4)): 0.7, Option((2, 2, 2)): 0.8}
+    monkeypatch.setattr(choose, "rank", lambda layer, found: Ranking(1.0, times))
+    monkeypatch.setattr(module, "_fastest", lambda form, *_: (form, "contiguous", {}))
+    x = torch.randn(1, 4, 6, 10, 10)
+    fast = tenfold.optimize(network.eval(), x)
+    assert fast.plan.layers[0].tile == (4, 4, 4)
+    assert relative(fast(x), network(x)) < 1e-5
+
+
 def test_tiles_that_round_too_much_are_given_up_one_level_at_a_time(monkeypatch):
     original = PackedWinogradConv3d._pack_kernel
 

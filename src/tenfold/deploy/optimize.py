@@ -31,6 +31,7 @@ from tenfold.deploy.optimized import (
     largest_difference,
 )
 from tenfold.deploy.plan import LayerChoice, OptimizePlan
+from tenfold.deploy.winograd_options import Option
 from tenfold.errors import UserError, unknown_name
 from tenfold.kernels.winograd import coordinates
 from tenfold.measure.inputs import ExampleInputs, as_inputs, random_like, run_once
@@ -141,31 +142,49 @@ def _forms(
 ) -> Iterator[_Form]:
     """Yield the forms of a network, the best first; the last one is the network as given."""
     norms = tuple(folded.folded)
-    network, names = folded.model, frozenset[str]()
+    network, names, fusible = folded.model, frozenset[str](), False
+    graph_reason: str | None = None
     for level in choices.levels:
         chosen = choices.options(level)
         packed = choices.modules(chosen)
         if not packed:
             break
         network, names = _with_layers(folded.model, packed), frozenset(packed)
-        if any(isinstance(module, KernelLayer) for module in packed.values()) and "" not in packed:
+        fusible = any(isinstance(module, KernelLayer) for module in packed.values())
+        fusible = fusible and "" not in packed and graph_reason is None
+        if fusible:
             try:
                 graph, epilogues = fuse(network, inputs)
             except Exception as error:
-                notes.append(f"layers are packed, but nothing is fused: no graph: {reason(error)}")
+                fusible, graph_reason = False, reason(error)
+                notes.append(f"layers are packed, but nothing is fused: no graph: {graph_reason}")
             else:
                 replaced = replace_dense(graph, inputs, choose)
-                roughest = max(chosen.values(), key=lambda option: option.level, default=None)
-                tiles = "x".join(map(str, roughest.tile)) if roughest else None
+                tiles = _roughest(chosen)
                 yield _Form("packed", graph, names, epilogues, replaced, norms, tiles=tiles)
             unfuse(network)
-    if names:
-        yield _Form("packed", network, names, folded=norms)
-        if any(isinstance(module, PackedWinogradConv3d) for module in network.modules()):
-            # Code of the network may count on contiguous results.
-            yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
+        if not fusible:
+            yield from _unfused(network, names, norms, _roughest(chosen))
+    if names and fusible:
+        yield from _unfused(network, names, norms, None)
     yield _Form("dense", folded.model, folded=norms)
     yield _Form("as given", given)
+
+
+def _unfused(
+    network: nn.Module, names: frozenset[str], norms: tuple[str, ...], tiles: str | None
+) -> Iterator[_Form]:
+    """Yield a network with packed layers that are called by its own code."""
+    yield _Form("packed", network, names, folded=norms, tiles=tiles)
+    if any(isinstance(module, PackedWinogradConv3d) for module in network.modules()):
+        # Code of the network may count on contiguous results.
+        yield _Form("packed", hand_on_channels_last(network, False), names, folded=norms)
+
+
+def _roughest(chosen: Mapping[str, Option]) -> str | None:
+    """Return the largest tile of the 3-D convolutions."""
+    roughest = max(chosen.values(), key=lambda option: option.level, default=None)
+    return "x".join(map(str, roughest.tile)) if roughest else None
 
 
 def _with_layers(model: nn.Module, packed: Mapping[str, nn.Module]) -> nn.Module:
