@@ -3,13 +3,15 @@
     python benchmarks/lts.py                     # the small setting, for one CPU core
     python benchmarks/lts.py --minutes 9         # stop cleanly after 9 minutes; repeat to go on
     python benchmarks/lts.py --parts accuracy --seeds 0 --bits 2 4     # some of it
+    python benchmarks/lts.py --start runs/cifar10-dense/model   # from a network that is there
     python benchmarks/lts.py --parts checkpoints # what `step` needs, while the machine is busy
     python benchmarks/lts.py --full --minutes 9  # all images, the paper's recipe, on a GPU
 
 Its parts:
 
 - accuracy: ResNet-20 on CIFAR-10, trained in floats, then to 2, 3 and 4 bits from there: with LTS,
-  and by the same quantization-aware training without freezing. Paired by seed.
+  and by the same quantization-aware training without freezing. Paired by seed. `--start` gives the
+  float network for all seeds.
 - step: ResNet-18 in its form for 32x32 images trained to 2 bits (which is the part checkpoints);
   from its checkpoints at 4/6, 5/6 and 6/6 of the run, whole training steps with the saving on and
   off, in turn.
@@ -48,11 +50,11 @@ RUNS = Path("runs")
 PARTS = ("accuracy", "checkpoints", "step", "bookkeeping")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
-    "images": 1000,
+    "images": 1500,
     "model": "resnet20",
     "float_epochs": 12,
     "epochs": 6,
-    "batch_size": 32,
+    "batch_size": 64,
     "float_lr": 0.1,
     "lr": 0.02,
     "device": "cpu",
@@ -94,6 +96,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", help="as in a recipe")
     parser.add_argument("--model", help="of the part accuracy, as in a recipe")
+    parser.add_argument("--start", help="artifact of its float network, instead of training one")
     for name, text in (
         ("images", "training images of the part accuracy; 0: all"),
         ("float_epochs", "epochs of the float network"),
@@ -324,6 +327,7 @@ def main(words: Sequence[str] | None = None) -> int:
         small,
         images=given.step_images,
         model="cifar_resnet18",
+        start=None,
         float_epochs=given.step_float_epochs,
         epochs=given.step_epochs,
         batch_size=given.step_batch_size,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold import evaluate
+from tenfold import evaluate, load
 from tenfold.data import ImageData
 from tenfold.data.randomness import mix_one
 from tenfold.errors import UserError
@@ -41,6 +41,7 @@ class Settings:
     float_lr: float
     lr: float
     device: str
+    start: str | None = None  # an artifact or run that stands for all float networks
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +98,9 @@ class Training:
         floating = run.method == "float"
         self.model = build(settings, data, run.seed)
         self.epochs = settings.float_epochs if floating else settings.epochs
+        if floating and settings.start is not None:
+            self.model = load(settings.start, model=self.model)
+            self.epochs = 0
         self.loader: Any = data.train_loader(batch_size=settings.batch_size, seed=run.seed)
         steps = self.epochs * len(self.loader)
         self.method = run.make_method()

@@ -55,10 +55,11 @@ def lts_accuracy_table(name: str, command: str) -> str:
     settings = found["settings"]["accuracy"]
     images = f"{settings['images']:,}" if settings["images"] else "all"
     tested = next(iter(found["runs"].values()))["test_images"]
+    start = settings["start"] or f"{settings['float_epochs']} epochs in floats"
     note = (
-        f"{settings['model']} on {images} training images, {settings['float_epochs']} epochs in "
-        f"floats and {settings['epochs']} from there, batch {settings['batch_size']}, tested on "
-        f"{tested:,}. Differences are in points, paired by seed, with their 95 % interval."
+        f"{settings['model']} on {images} training images, {settings['epochs']} epochs "
+        f"after {start}, batch {settings['batch_size']}, tested on {tested:,}. Differences are in "
+        "points, paired by seed, with their 95 % interval."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 

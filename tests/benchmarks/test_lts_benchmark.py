@@ -11,6 +11,7 @@ import common
 import lts
 import lts_training
 import published
+import tenfold
 import training_tables
 from tenfold.errors import UserError
 from tests.benchmarks.test_lbc_accuracy import NET
@@ -77,6 +78,23 @@ def test_all_parts_in_one_go_and_in_pieces(monkeypatch, capsys):
     assert "--minutes" not in result()["command"]
 
 
+def test_a_float_network_that_is_there_is_not_trained():
+    data = lts.create({"name": "digits", "limit": 96})
+    settings = lts_training.Settings(**vars_of(lts.arguments(command())))
+    network = lts_training.build(settings, data, 5)
+    tenfold.save(network, "there")
+    assert lts.main(command("--parts", "accuracy", "--start", "there", "--seeds", "0")) == 0
+    runs = result()["runs"]
+    assert runs["float-seed0"]["curve"] == []
+    assert runs["float-seed0"]["accuracy"] == round(tenfold.evaluate(network, data).accuracy, 6)
+    assert len(runs["lts-2bit-seed0"]["curve"]) == 3
+    assert "3 epochs after there, batch" in training_tables.lts_accuracy()
+
+
+def vars_of(given) -> dict:
+    return {name: getattr(given, name) for name in lts_training.Settings.__dataclass_fields__}
+
+
 def test_other_settings_are_refused():
     assert lts.main(command("--parts", "accuracy", "--seeds", "0")) == 0
     with pytest.raises(UserError, match="epochs 3, now 4"):
@@ -87,6 +105,6 @@ def test_other_settings_are_refused():
 
 def test_presets_are_those_of_the_docs():
     given = lts.arguments([])
-    assert (given.images, given.seeds, given.bits) == (1000, [0, 1, 2], [2, 3, 4])
+    assert (given.images, given.seeds, given.bits) == (1500, [0, 1, 2], [2, 3, 4])
     given = lts.arguments(["--full", "--device", "cpu"])
     assert (given.images, given.epochs, given.batch_size, given.output) == (0, 400, 128, "lts_gpu")
