@@ -18,7 +18,9 @@ Two parts:
 
 All runs of a seed share initial weights, order of the data, augmentation, optimizer and schedule,
 and take turns, an epoch each, so that whatever else the machine does meets all of them alike. Times
-hold everything that training does, condensing included, but not evaluation and checkpoints.
+hold everything that training does, condensing included, but not evaluation and checkpoints. They
+are taken by the clock and as the process's CPU time: the part accuracy may be paused or share its
+core, the part time wants a machine of its own.
 
 Finished runs are kept in results/<output>.json, runs in progress in runs/<output>-<settings>/. The
 same command may be started several times at once, and each process takes seeds that no other one
@@ -188,6 +190,7 @@ def compare(runs: dict[str, dict[str, Any]], cache: bool) -> dict[str, dict[str,
             entry["accuracy"] = spread(accuracy[method])
             entry["minus"] = {name: value for name, value in versus.items() if value is not None}
             entry["seconds"] = spread(seconds[method])
+            entry["cpu_seconds"] = spread(cpu[method])
             if "kd" in entries and method != "kd":
                 entry["time_saved"] = saved(seconds[method], seconds["kd"])
                 entry["cpu_saved"] = saved(cpu[method], cpu["kd"])

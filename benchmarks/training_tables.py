@@ -118,6 +118,7 @@ def kcd_table(name: str, command: str) -> str:
     if not (RESULTS / f"{name}.json").is_file():
         return f"*Not measured yet: `{command}`.*"
     found = load(name)
+    gpu = found["settings"]["device"] == "cuda"
     rows = []
     for method, entry in found["comparison"].get("accuracy", {}).items():
         kind, _, ratio = method.partition(" ")
@@ -134,11 +135,11 @@ def kcd_table(name: str, command: str) -> str:
                 points(minus.get(f"random {ratio}")) if kind == "kcd" else "",
                 _passes(passes, "student"),
                 _passes(passes, "teacher"),
-                f"{entry['seconds']['mean']:.0f} s",
+                f"{entry['seconds' if gpu else 'cpu_seconds']['mean']:.0f} s",
             ]
         )
     header = ["method", "accuracy ± sd", "minus KD", "minus random"]
-    header += ["student's passes", "teacher's passes", "training"]
+    header += ["student's passes", "teacher's passes", "time" if gpu else "CPU time"]
     settings, teacher = found["settings"], found["teacher"]
     images = f"{settings['images']:,}" if settings["images"] else "all"
     tested = next(iter(found["runs"].values()))["test_images"]

@@ -112,7 +112,7 @@ def test_keeping_everything_is_plain_distillation_bit_for_bit():
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
     everything = data()
     for number in range(3):
-        sampler = CondensedSampler(lambda: torch.arange(SIZE), lambda n=number: n, seed=0)
+        sampler = CondensedSampler(lambda: torch.arange(SIZE), lambda n=number: n, SIZE, seed=0)
         for ids in torch.tensor(list(sampler)).split(8):
             image, label = scaled(everything.tensors[0][ids]), everything.tensors[1][ids]
             logits = plain.train()(image)

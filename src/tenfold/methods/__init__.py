@@ -34,6 +34,11 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.lbc import from_blocks as from_blocks
     from tenfold.methods.lbc import removed_candidates as removed_candidates
     from tenfold.methods.lbc import to_blocks as to_blocks
+    from tenfold.methods.lts import LTS as LTS
+    from tenfold.methods.lts import default_momentum as default_momentum
+    from tenfold.methods.lts import freeze_threshold as freeze_threshold
+    from tenfold.methods.lts import quantize_input as quantize_input
+    from tenfold.methods.lts import quantize_weight as quantize_weight
     from tenfold.methods.winograd3d import Winograd3d as Winograd3d
     from tenfold.methods.winograd3d import convert as convert
     from tenfold.methods.winograd3d import gain_scales as gain_scales

@@ -121,11 +121,13 @@ class CondensedSampler(Sampler[int]):
     Args:
         ids: returns the ids of the present stage, ascending.
         epoch: returns the present epoch.
+        size: of the data set, as it was given.
         seed: of the order.
     """
 
-    def __init__(self, ids: Callable[[], Tensor], epoch: Callable[[], int], seed: int):
+    def __init__(self, ids: Callable[[], Tensor], epoch: Callable[[], int], size: int, seed: int):
         self._ids = ids
+        self.size = size
         self._epoch = epoch
         self.seed = seed
 

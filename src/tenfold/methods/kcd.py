@@ -26,7 +26,7 @@ Beside this file: `condensation` (values, ranking, schedule), `knowledge` (sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -36,14 +36,8 @@ from torch.nn import functional
 from torch.optim.optimizer import Optimizer
 
 from tenfold.errors import StateError, UserError
-from tenfold.methods.base import Kind, Method, Stage
+from tenfold.methods.base import Kind, Stage
 from tenfold.methods.condensation import condense, condensed_sizes, prediction_entropy
-from tenfold.methods.condensed_data import (
-    CondensedSampler,
-    CondensedSet,
-    Transform,
-    training_set_of,
-)
 from tenfold.methods.contrast import ContrastLoss
 from tenfold.methods.distillation import Distillation, check_ids
 from tenfold.methods.distillers import (
@@ -56,6 +50,7 @@ from tenfold.methods.distillers import (
 )
 from tenfold.methods.kcd_fields import check_fields
 from tenfold.methods.mixing import mix_images
+from tenfold.methods.own_loop import SampleMethod
 from tenfold.methods.preparation import Prepared, prepare
 from tenfold.methods.schedule import Schedule
 from tenfold.methods.training_set import Mixing, TrainingSet
@@ -79,7 +74,7 @@ ADAPTER_RATE = 1e-3
 
 
 @dataclass(kw_only=True, eq=False)
-class KCD(Method):
+class KCD(SampleMethod):
     """Distil a teacher from the samples that still teach, fewer in each stage.
 
     Args:
@@ -162,7 +157,6 @@ class KCD(Method):
         self._prepared: Prepared | None = None
         self._work: Distillation | None = None
         self._optimizer: Optimizer | None = None
-        self._loop: tuple[CondensedSet, CondensedSampler] | None = None  # of one's own
 
     # -- ahead of the run -----------------------------------------------------------------------
 
@@ -216,64 +210,6 @@ class KCD(Method):
 
     # -- the contract ---------------------------------------------------------------------------
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        total_steps: int | None = None,
-        steps_per_epoch: int | Sequence[int] | None = None,
-        dataset: Any = None,
-        epochs: int | None = None,
-        transform: Transform | None = None,
-        views: int | None = None,
-        seed: int = 0,
-    ) -> nn.Module:
-        """Put the student into training form, in place, and return it.
-
-        A loop of your own gives `dataset` and `epochs`, draws from `kcd.dataset` by `kcd.sampler`,
-        and calls `loss` and `epoch_end`; an engine calls `prepare`, and gives steps instead.
-
-        Args:
-            model: the student; attach before DDP wraps it.
-            total_steps: optimizer steps of the whole run, given by an engine.
-            steps_per_epoch: one int an epoch, likewise.
-            dataset: of (image, label), with a length; an index is an id.
-            epochs: of the run.
-            transform: what is done to an image after mixing; images in `dataset` are uint8 then.
-            views: how many different images the transform can make of one; for `teacher_cache`.
-            seed: of the order of samples.
-
-        Raises:
-            StateError: this object is already attached.
-            UserError: no data set, or something in it or in the networks doesn't fit.
-        """
-        if dataset is not None and epochs is not None and total_steps is None:
-            if self.schedule is None:  # otherwise the base says what is wrong
-                self._prepare_loop(model, CondensedSet(dataset, transform), epochs, views, seed)
-            total_steps, steps_per_epoch = epochs, 1
-        elif dataset is not None or epochs is not None or total_steps is None:
-            raise UserError(
-                "KCD chooses among samples, so a loop of your own gives it both: "
-                "attach(student, dataset=…, epochs=…), and no total_steps"
-            )
-        model = super().attach(model, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        self._note_repeats()
-        return model
-
-    def _prepare_loop(
-        self, model: nn.Module, data: CondensedSet, epochs: int, views: int | None, seed: int
-    ) -> None:
-        self.prepare(model, training_set_of(data, views), epochs)
-        assert self._prepared is not None
-        knowledge = self._prepared.knowledge
-        data.mixing = knowledge.mixing
-        sampler = CondensedSampler(lambda: knowledge.ids, lambda: self.epoch, seed)
-        self._loop = data, sampler
-
-    def _note_repeats(self) -> None:
-        if self._loop is not None:
-            self._work_of().repeats = self._loop[1].repeats()
-
     def on_attach(self, model: nn.Module) -> nn.Module:
         """Watch the layers, and register the weights of the feature loss."""
         assert self.schedule is not None
@@ -296,16 +232,6 @@ class KCD(Method):
             self.own(features, self._optimizer)
         self._work = prepared.distillation(self, model, features)
         return model
-
-    @property
-    def dataset(self) -> CondensedSet:
-        """The data set for a DataLoader of your own, of (image, label, id)."""
-        return self._own_loop()[0]
-
-    @property
-    def sampler(self) -> CondensedSampler:
-        """The sampler that goes with it; the number of batches changes from stage to stage."""
-        return self._own_loop()[1]
 
     @property
     def kept(self) -> Tensor:
@@ -382,36 +308,6 @@ class KCD(Method):
 
     # -- time -----------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Act after the optimizer's update; in a loop of your own `epoch_end` keeps the time."""
-        self._attached_model()
-        if self._loop is None:
-            super().step()
-
-    def epoch_end(self) -> None:
-        """End an epoch in a loop of your own: every so often the set is condensed here.
-
-        Raises:
-            StateError: not attached, an engine keeps the time, or all epochs are done.
-            UserError: the data set has another length now, a sample was never visited, or logits
-                were not finite.
-        """
-        self._attached_model()
-        if self._loop is None:
-            raise StateError("the engine that attached KCD ends its epochs: leave epoch_end out")
-        if self.finished():
-            raise StateError(f"all {self.steps_done} epochs are done: finalize the student")
-        size = self._work_of().knowledge.data.size
-        if len(self.dataset) != size:
-            raise UserError(
-                f"the dataset has {len(self.dataset)} samples and had {size} when KCD was "
-                "attached: keep it as it is, because an index is an id"
-            )
-        self._work_of().share()
-        self.steps_done += 1
-        self.epoch_start(self.steps_done)
-        self._note_repeats()
-
     def on_epoch_start(self, epoch: int) -> None:
         """Condense, where a stage has ended; the end of the run needs none."""
         prepared = self._prepared
@@ -432,10 +328,14 @@ class KCD(Method):
         self._optimizer.zero_grad()
 
     def on_step(self) -> None:
-        """At the end of an epoch, add up what all processes have seen."""
+        """Under an engine, notice the end of an epoch."""
         assert self.schedule is not None
         if self.steps_done in self.schedule.epoch_ends:
-            self._work_of().share()
+            self.on_epoch_end()
+
+    def on_epoch_end(self) -> None:
+        """Add up what all processes have seen."""
+        self._work_of().share()
 
     def on_finalize(self, model: nn.Module) -> nn.Module:
         """Take the hooks away; the student itself was never changed."""
@@ -493,7 +393,7 @@ class KCD(Method):
                     f"{ours.get(name)}: go on with the same data, teacher and fields"
                 )
         self._work_of().load_state_dict(state)
-        self._note_repeats()
+        self.note_repeats()
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of the present stage."""
@@ -505,28 +405,7 @@ class KCD(Method):
         samples = len(self._prepared.data.ids)
         return self._work_of().record(self.epoch_samples(samples, self._prepared.epochs))
 
-    def _own_loop(self) -> tuple[CondensedSet, CondensedSampler]:
-        if self._loop is None:
-            raise StateError(
-                "KCD has a dataset and a sampler in a loop of your own: attach(student, "
-                "dataset=…, epochs=…) first"
-            )
-        return self._loop
-
     def _work_of(self) -> Distillation:
         if self._work is None:
             raise StateError("this KCD is attached to no student: call attach first")
         return self._work
-
-    def finalize(self, model: nn.Module) -> nn.Module:
-        """Take everything of KCD off the student and return it, otherwise untouched.
-
-        Raises:
-            StateError: not attached, another model, or epochs are left.
-        """
-        if self._loop is not None and not self.finished():
-            raise StateError(
-                f"KCD has not finished: {self.steps_done} epochs are done; call epoch_end() after "
-                "each one, to the last"
-            )
-        return super().finalize(model)
