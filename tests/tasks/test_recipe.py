@@ -31,7 +31,7 @@ pytestmark = pytest.mark.unit
         ({"methods.lbc.q": 4}, "unknown key 'methods.lbc.q': did you mean methods.lbc."),
         ({"methods.lbc.preset": "vgg"}, "expected one of resnet, deit, got 'vgg'"),
         ({"methods.lbc.include": 3}, "expected a list of str, or null, got 3"),
-        ({"methods.lbs": {}}, "unknown method 'lbs': did you mean lbc?"),
+        ({"methods.lbcc": {}}, "unknown method 'lbcc': did you mean lbc?"),
         ({"methods": {"lbc": None}}, "methods.lbc lacks n, m"),
         ({"methods": ["lbc"]}, "methods: expected a mapping, got ['lbc']"),
         ({"trainer": 3}, "trainer: expected a mapping, got 3"),
