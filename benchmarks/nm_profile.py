@@ -27,7 +27,6 @@ from common import save
 from nm_engine import NETWORKS, PATTERNS, SEED, build, prune
 from tenfold.kernels import native
 from tenfold.kernels.attention import attention
-from tenfold.kernels.convolution import conv2d_channels_last
 from tenfold.nn.packed import PackedLayer
 
 NAME = "nm_profile"
@@ -61,11 +60,6 @@ class Timed(fx.Interpreter):
         if node.target in ATTENTION:
             batch, heads, tokens, depth = arguments[0].shape
             return 2 * batch * heads * tokens * arguments[1].shape[2] * depth
-        if node.target is conv2d_channels_last:  # its pooling hides how large the result was
-            with torch.device("meta"):
-                images, weight = (torch.empty(each.shape) for each in arguments[:2])
-                outputs = F.conv2d(images, weight, None, *arguments[3:7]).numel()
-            return outputs * weight[0].numel()
         return 0
 
 
@@ -77,15 +71,13 @@ def kind(graph: fx.GraphModule, node: fx.Node) -> str:
             return "packed layers"
         if isinstance(layer, nn.Conv2d | nn.Linear):
             return "dense layers"
-    if node.target is conv2d_channels_last:
-        return "dense layers"
     return "attention" if node.target in ATTENTION else "all else"
 
 
 def profile(name: str, n: int, m: int, rounds: int, peaks: tuple[float, float]) -> dict[str, Any]:
     """Time one network at one pattern on one thread."""
     x = torch.randn(1, 3, 224, 224)
-    fast = tenfold.optimize(prune(build(name), n, m), x)
+    fast = tenfold.optimize(prune(build(name), n, m), x, choose="packed")
     graph = fast.network
     assert isinstance(graph, fx.GraphModule)
     timed, whole = Timed(graph), []

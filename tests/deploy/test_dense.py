@@ -215,7 +215,7 @@ def test_saved_and_loaded(make, replaced, tmp_path):
     assert fast.plan.replaced == replaced
     assert fast.plan.reason is None
     kinds = ", ".join(f"{kind} ({count})" for kind, count in replaced.items())
-    assert f"replaced beside them: {kinds}" in str(fast.plan)
+    assert f"own kernels also for: {kinds}" in str(fast.plan)
     path = tenfold.save(fast, tmp_path / "fast")
     again = tenfold.load(path, make())
     assert again.plan == fast.plan
@@ -272,107 +272,6 @@ def test_timing_runs_both(with_kernels):
     assert dense.replace_dense(graph, (x.to("meta"),), "packed") == {}
     assert dense.replace_dense(graph, (x,), "time") in ({}, {"pool": "relu and max_pool2d"})
     assert torch.allclose(graph(x), network(x), atol=1e-6)
-
-
-@pytest.fixture
-def ours_is_faster(monkeypatch, with_kernels):
-    times = {"theirs": [2.0], "ours": [1.0]}
-    monkeypatch.setattr(dense, "interleave", lambda calls, _: {name: times[name] for name in calls})
-
-
-@pytest.mark.parametrize(
-    ("code", "replaced"),
-    [
-        (lambda net, x: net.pool(net.relu(net.first(x))), {"pool": dense.CONVOLUTION}),
-        (lambda net, x: net.pool(net.writing(net.first(x))), {"pool": dense.CONVOLUTION}),
-        (lambda net, x: net.pool(net.first(x)), {"pool": dense.CONVOLUTION}),
-        (lambda net, x: net.relu(net.first(x)), {"relu": dense.CONVOLUTION}),
-        (lambda net, x: F.gelu(net.first(x)), {"first": dense.CONVOLUTION}),
-        (
-            lambda net, x: net.wide(net.relu(net.first(x))),
-            {"relu": dense.CONVOLUTION, "wide": "max_pool2d"},
-        ),
-        (twice_read, {"first": dense.CONVOLUTION, "pool": "max_pool2d"}),
-        (written_and_read, {"first": dense.CONVOLUTION, "pool": "max_pool2d"}),
-        (relu_read_twice, {"first": dense.CONVOLUTION, "pool": "max_pool2d"}),
-    ],
-)
-def test_dense_convolutions_with_what_follows(code, replaced, ours_is_faster):
-    network = Pool(code).eval()
-    network.last = nn.Identity()
-    x = torch.randn(2, 3, 12, 12)
-    graph, _ = fuse(network, (x,))
-    assert dense.replace_dense(graph, (x,), "time") == replaced
-    for shape in ((2, 3, 12, 12), (1, 3, 17, 20)):
-        y = torch.randn(shape)
-        assert graph(y).is_contiguous()
-        assert relative(graph(y), network(y)) < 1e-5
-        last = y.to(memory_format=torch.channels_last)
-        assert relative(graph(last), network(y)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: nn.Conv2d(3, 8, 3, stride=2, padding=(1, 0), dilation=2, bias=False),
-        lambda: nn.Conv2d(3, 9, (3, 1), groups=3),
-    ],
-)
-def test_any_zero_padded_convolution(make, ours_is_faster):
-    network, x = nn.Sequential(make(), nn.Sigmoid()).eval(), torch.randn(2, 3, 13, 12)
-    graph, _ = fuse(network, (x,))
-    assert dense.replace_dense(graph, (x,), "time") == {"_0": dense.CONVOLUTION}
-    assert relative(graph(x), network(x)) < 1e-5
-
-
-def test_other_convolutions_stay(ours_is_faster):
-    class Own(nn.Conv2d):
-        pass
-
-    hooked = nn.Conv2d(3, 8, 3)
-    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
-    for layer in (
-        Own(3, 8, 3), nn.Conv2d(3, 8, 3, padding="same"), hooked,
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
-    ):  # fmt: skip
-        graph, _ = fuse(nn.Sequential(layer, nn.Sigmoid()).eval(), (torch.randn(1, 3, 9, 9),))
-        assert dense.replace_dense(graph, (torch.randn(1, 3, 9, 9),), "time") == {}
-
-
-def test_a_slower_chain_gives_way_to_its_parts(monkeypatch, with_kernels):
-    network = Pool(lambda net, x: net.pool(net.relu(net.first(x)))).eval()
-    network.last = nn.Identity()
-    x = torch.randn(2, 3, 12, 12)
-
-    def times(calls, _):
-        parts = [node.target for node in calls["ours"].func.graph.nodes]
-        ours = 3.0 if dense.conv2d_channels_last in parts else 1.0
-        assert max_pool2d in [node.target for node in calls["theirs"].func.graph.nodes] or ours == 1
-        return {"theirs": [2.0], "ours": [ours]}
-
-    graph, _ = fuse(network, (x,))
-    with monkeypatch.context() as patch:
-        patch.setattr(dense, "_matches", lambda graph, real=dense._matches: [
-            match for match in real(graph) if match.part or match.kind != dense.CONVOLUTION
-        ])  # fmt: skip
-        patch.setattr(dense, "interleave", times)
-        assert dense.replace_dense(graph, (x,), "time") == {"pool": "relu and max_pool2d"}
-    assert relative(graph(x), network(x)) < 1e-5
-
-
-def test_a_chain_is_saved_and_loaded(ours_is_faster, monkeypatch, tmp_path):
-    network = Pool(lambda net, x: net.pool(net.relu(net.first(x)))).eval()
-    x = torch.randn(2, 3, 12, 12)
-    monkeypatch.setattr("tenfold.deploy.choose.time_layer", lambda layer, packed: (2.0, 1.0))
-    monkeypatch.setattr(
-        "tenfold.deploy.optimize._fastest", lambda form, *_: (form, "contiguous", {})
-    )
-    fast = tenfold.optimize(network, x)
-    assert fast.plan.replaced == {dense.CONVOLUTION: 1}
-    again = tenfold.load(tenfold.save(fast, tmp_path / "fast"), Pool(network.code))
-    assert called(again) == called(fast)
-    assert torch.equal(again(x), fast(x))
-    assert relative(fast(x), network(x)) < 1e-5
 
 
 def test_without_kernels_nothing_is_replaced_by_time(monkeypatch):

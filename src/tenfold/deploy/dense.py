@@ -1,7 +1,4 @@
-"""Compute attention, norms, pooling and dense convolutions of a fused graph faster, where we can.
-
-Kernels of ours take the first three. A dense convolution, with the ReLU and the pooling behind it,
-stays PyTorch's, in channels_last.
+"""Hand attention, norms and pooling of a fused graph to kernels of ours, where that is faster here.
 
 Nodes go by their names in the graph: the same network, traced again, has the same ones. That is how
 a saved model finds them.
@@ -21,14 +18,11 @@ from torch import Tensor, fx, nn
 from tenfold.deploy.choose import LAYER_SECONDS
 from tenfold.kernels import native
 from tenfold.kernels.attention import attention
-from tenfold.kernels.convolution import conv2d_channels_last
 from tenfold.kernels.normalize import layer_norm
 from tenfold.kernels.pooling import max_pool2d, mean_pool
 from tenfold.measure.timing import interleave
 
 __all__ = ["replace_dense", "replace_named"]
-
-CONVOLUTION = "conv2d in channels_last"
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,6 @@ class _Match:
     inputs: tuple[fx.Node, ...]
     options: tuple[Any, ...]
     parameters: tuple[str | None, ...] = ()  # between both, by their names in the graph
-    sizes: tuple[int, ...] = ()  # of parameters, where they aren't those of the inputs
-    part: _Match | None = None  # what could be replaced instead
 
     @property
     def name(self) -> str:
@@ -51,12 +43,12 @@ class _Match:
 
 
 def replace_dense(graph: fx.GraphModule, inputs: tuple[Tensor, ...], choose: str) -> dict[str, str]:
-    """Replace attention, norms, pooling and dense convolutions of a graph in place.
+    """Replace attention, norms and pooling of a graph in place.
 
     Args:
         graph: as `fuse` returns it, with the shapes of its nodes.
         inputs: example inputs; off the CPU nothing is replaced.
-        choose: "time" leaves what is faster as it is; "packed" doesn't time, and takes kernels.
+        choose: "time" leaves what is faster in PyTorch, "packed" doesn't time.
 
     Returns:
         What was replaced: the name of each node and its kind.
@@ -64,21 +56,17 @@ def replace_dense(graph: fx.GraphModule, inputs: tuple[Tensor, ...], choose: str
     if inputs[0].device.type != "cpu" or (choose == "time" and native.missing()):
         return {}
     faster: dict[object, bool] = {}  # equal sizes are timed once
-    matches: list[_Match] = []
-    taken: set[fx.Node] = set()
-    for match in reversed(_matches(graph)):  # so that longer ones come first
-        if not taken.isdisjoint(match.nodes) or (match.kind == CONVOLUTION and choose != "time"):
-            continue
+    matches = []
+    for match in _matches(graph):
         layouts = [layout for layout in map(_layout, match.inputs) if layout is not None]
         if len(layouts) < len(match.inputs) or not _fits(match.kind, layouts):
             continue
-        key = (match.kind, match.options, match.sizes, *layouts)
+        key = (match.kind, match.options, *layouts)
         if key not in faster:
             faster[key] = choose != "time" or _is_faster(graph, match, layouts)
         if faster[key]:
             matches.append(match)
-            taken.update(match.nodes)
-    return _replace(graph, matches[::-1])
+    return _replace(graph, matches)
 
 
 def replace_named(graph: fx.GraphModule, nodes: Mapping[str, str]) -> bool:
@@ -91,7 +79,7 @@ def replace_named(graph: fx.GraphModule, nodes: Mapping[str, str]) -> bool:
     Returns:
         Whether this graph has all of them; if not, nothing is replaced.
     """
-    matches = [match for match in _matches(graph) if nodes.get(match.name) == match.kind]
+    matches = [match for match in _matches(graph) if match.name in nodes]
     if {match.name: match.kind for match in matches} != dict(nodes):
         return False
     _replace(graph, matches)
@@ -99,48 +87,14 @@ def replace_named(graph: fx.GraphModule, nodes: Mapping[str, str]) -> bool:
 
 
 def _matches(graph: fx.GraphModule) -> list[_Match]:
-    """Return all matches, in the order of the nodes that they end with, shorter ones first."""
     found = (
-        match
+        _attention(node)
+        or _layer_norm(node, graph)
+        or _max_pool(node, graph)
+        or _mean_pool(node, graph)
         for node in graph.graph.nodes
-        for match in (
-            _attention(node)
-            or _layer_norm(node, graph)
-            or _max_pool(node, graph)
-            or _mean_pool(node, graph),
-            _convolution(node, graph),
-        )
     )
     return [match for match in found if match is not None]
-
-
-def _convolution(node: fx.Node, graph: fx.GraphModule) -> _Match | None:
-    """Match a dense convolution with the ReLU and the pooling behind it that end with this node."""
-    pooling, relu, last = None, False, node
-    if (found := _max_pool(node, graph)) is not None:
-        kernel, stride, padding, dilation, ceil_mode, relu = found.options
-        if dilation != (1, 1):  # so every window holds a pixel
-            return None
-        pooling = kernel, stride, padding, ceil_mode
-        last = found.inputs[0]
-    elif _own_relu(node, graph):
-        relu, last = True, node.all_input_nodes[0]
-    nodes = tuple(dict.fromkeys((last, *(found.nodes if found else ()), node)))
-    if last.op != "call_module" or (last is not node and len(last.users) != 1):
-        return None
-    module = graph.get_submodule(str(last.target))
-    if type(module) is not nn.Conv2d or isinstance(module.padding, str):
-        return None
-    if module.padding_mode != "zeros" or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    names = (f"{last.target}.weight", None if module.bias is None else f"{last.target}.bias")
-    options = (
-        module.stride, module.padding, module.dilation, module.groups, relu, pooling,
-    )  # fmt: skip
-    return _Match(
-        CONVOLUTION, nodes, conv2d_channels_last, (last.all_input_nodes[0],), options, names,
-        tuple(module.weight.shape), found,
-    )  # fmt: skip
 
 
 def _attention(node: fx.Node) -> _Match | None:
@@ -301,12 +255,8 @@ def _alone(graph: fx.GraphModule, match: _Match, ours: bool) -> fx.GraphModule:
         for read in match.nodes[0].all_input_nodes:
             if read.op == "get_attr":
                 copies[read] = alone.node_copy(read)
-        part = match.part
         for node in match.nodes:
-            if part is None or node not in part.nodes:
-                result = copies[node] = alone.node_copy(node, copies.__getitem__)
-        if part is not None:
-            result = _call(alone, part, [copies[each] for each in part.inputs])
+            result = copies[node] = alone.node_copy(node, copies.__getitem__)
     alone.output(result)
     return fx.GraphModule(graph, alone)
 

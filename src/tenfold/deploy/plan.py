@@ -138,7 +138,7 @@ class OptimizePlan:
         ]
         if self.replaced:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in self.replaced.items())
-            lines.append(f"replaced beside them: {kinds}")
+            lines.append(f"own kernels also for: {kinds}")
         if self.difference is not None:
             lines.append(f"largest relative difference to the given model: {self.difference:.1e}")
         if self.network_ms:
