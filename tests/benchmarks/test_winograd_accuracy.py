@@ -50,6 +50,8 @@ def test_the_grid_holds_what_matters_most_first_and_no_tile_with_too_few_columns
     ]  # fmt: skip
     names = {run.name for run in runs}
     assert len(names) == len(runs) == 2 * (2 + 9 + 2 + 4 + 1)
+    outputs = {2: 8, 4: 64}
+    assert all(run.keep * (run.tile + 2) ** 3 >= outputs[run.tile] for run in runs if run.tile)
     assert {"rank8-tile2-keep25-plain-seed1", "rank8-tile4-keep50-plain-seed0"} < names
     assert not any("tile4-keep25" in name or "keep100-plain" in name for name in names)
     assert grid([0], ["rank4"], [0.5], [4]) == []
