@@ -162,7 +162,7 @@ def conv3d(
     a_sample = len(values) * max(values.shape[1:]) * tiles[0] * tiles[1] * tiles[2] * 4
     samples = max(1, _MOST_BYTES // a_sample)
     # Triton launches on the current device, which may be another one than the input's.
-    device = torch.cuda.device_of(x)
+    device = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
     with device, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for first in range(0, len(x), samples):
             part = slice(first, first + samples)
