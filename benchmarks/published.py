@@ -36,3 +36,13 @@ def origin(found: dict[str, Any]) -> str:
         f"*{f'{gpu} beside {cpu}' if gpu else cpu}, "
         f"{engines}; `{found['command']}`{seed}, {found['created'][:10]}.*"
     )
+
+
+def points(found: dict[str, Any] | None) -> str:
+    """Write a difference of `paired` between shares, in points."""
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{100 * found['mean']:+.2f}, {found['verdict']}"
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['mean']:+.2f} ({low:+.2f} to {high:+.2f}), {found['verdict']}"

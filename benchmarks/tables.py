@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import winograd_tables
-from published import RESULTS, ROOT, load, markdown, origin
+from published import RESULTS, ROOT, load, markdown, origin, points
 
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -80,7 +80,7 @@ def accuracy_table(name: str, command: str) -> str:
                     "" if pattern == "dense" else pattern,
                     LABELS[method],
                     f"{100 * entry['mean']:.2f} %{deviation}",
-                    *[_difference(entry.get("minus", {}).get(other)) for other in others],
+                    *[points(entry.get("minus", {}).get(other)) for other in others],
                 ]
             )
     header = ["pattern", "method", "accuracy ± sd", *[f"minus {LABELS[name]}" for name in others]]
@@ -271,6 +271,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "winograd3d_layers": winograd_tables.layers,
     "winograd3d_errors": winograd_tables.errors,
     "winograd3d_growth": winograd_tables.growth,
+    "winograd3d_accuracy": winograd_tables.accuracy,
+    "winograd3d_memory": winograd_tables.memory,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,
@@ -308,15 +310,6 @@ def main() -> int:
 
 def _spread(times: dict[str, float]) -> str:
     return f"{times['median_ms']:.0f} ({times['p10_ms']:.0f}-{times['p90_ms']:.0f})"
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    if found["low"] is None:
-        return f"{100 * found['mean']:+.2f}, {found['verdict']}"
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['mean']:+.2f} ({low:+.2f} to {high:+.2f}), {found['verdict']}"
 
 
 def _percent(ratio: float) -> str:

@@ -29,6 +29,7 @@ from tenfold.data import LabelledData
 from tenfold.deploy import artifact
 from tenfold.errors import UserError, unknown_name
 from tenfold.measure import count_cost
+from tenfold.methods import LayerPlan
 from tenfold.methods.schedule import Schedule
 from tenfold.tasks.callback import MethodCallback
 from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
@@ -108,6 +109,7 @@ def train(
             finite; the last good checkpoint is kept.
     """
     experiment = set_up(recipe, model, data, overrides)
+    plans = layer_plans(experiment)  # now: a method may put other layers in place of the network's
     check_trainer(experiment.recipe.trainer)
     path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
     folder = RunFolder(path)
@@ -137,7 +139,7 @@ def train(
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         task.load_state_dict(saved["state_dict"])
     finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
-    return _finish(experiment, folder, finished, command)
+    return _finish(experiment, plans, folder, finished, command)
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
@@ -238,7 +240,11 @@ def _logger(folder: RunFolder) -> Any:
 
 
 def _finish(
-    experiment: Experiment, folder: RunFolder, model: nn.Module, command: str | None
+    experiment: Experiment,
+    plans: Mapping[str, LayerPlan],
+    folder: RunFolder,
+    model: nn.Module,
+    command: str | None,
 ) -> Run:
     recipe, data = experiment.recipe, experiment.data
     evaluation = evaluate(model, data)
@@ -249,7 +255,7 @@ def _finish(
         "recipe": recipe.to_dict(),
     }
     artifact.save(model, folder.model, **described)  # type: ignore[arg-type]
-    rows = layer_rows(count_cost(model, experiment.example), layer_plans(experiment), measured=True)
+    rows = layer_rows(count_cost(model, experiment.example), plans, measured=True)
     write_json(folder.path / "layers.json", {"layers": rows})
     seconds = sum(float(row.get("seconds") or 0) for row in folder.metrics())
     run = folder.path
