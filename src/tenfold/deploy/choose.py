@@ -216,7 +216,7 @@ def time_layer(layer: Layer, packed: nn.Module) -> tuple[float, float]:
 
 
 def time_networks(
-    networks: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
+    networks: Mapping[str, Callable[..., object]], inputs: tuple[Tensor, ...]
 ) -> dict[str, float]:
     """Return the milliseconds of whole networks, timed in alternation."""
     calls = {name: _call(network, inputs) for name, network in networks.items()}
@@ -232,7 +232,7 @@ def _fastest_rounds(
     return {name: min(values) for name, values in samples.items()}
 
 
-def _call(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def _call(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     return lambda: module(*inputs)
 
 
