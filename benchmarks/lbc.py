@@ -18,19 +18,17 @@ as many as it takes to keep it busy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import RESULTS, save
 from paired import difference, spread
+from resumable import Results, command_of, locked
 from tenfold.data import ImageData, create
 from tenfold.errors import UserError, unknown_name
 from training import CONTROL, METHODS, Clock, Run, Settings, train
@@ -160,71 +158,6 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-class Results:
-    """The finished runs of one output, in its JSON file; several processes may share it."""
-
-    def __init__(self, output: str, settings: Settings, command: str, folder: Path):
-        self.output = output
-        self.settings = settings
-        self.command = command
-        self.folder = folder
-        known = self._read()
-        if known and known["settings"] != settings.to_dict():
-            old, new = known["settings"], settings.to_dict()
-            differing = ", ".join(
-                f"{key} {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]
-            )
-            raise UserError(
-                f"results/{output}.json holds runs of other settings ({differing}): give the "
-                "same, or another --output"
-            )
-
-    def _read(self) -> dict[str, Any]:
-        file = RESULTS / f"{self.output}.json"
-        found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return found
-
-    @property
-    def runs(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = self._read().get("runs", {})
-        return found
-
-    def add(self, run: Run, result: dict[str, Any]) -> None:
-        with locked(self.folder / "results.lock", wait=True):
-            runs = {**self.runs, run.name: result}
-            commands = self._read().get("command", self.command).split("; ")
-            save(
-                self.output,
-                "; ".join(dict.fromkeys([*commands, self.command])),
-                sorted({entry["seed"] for entry in runs.values()}),
-                {
-                    "threads": torch.get_num_threads(),
-                    "gpu": torch.cuda.get_device_name() if self.settings.device == "cuda" else None,
-                    "settings": self.settings.to_dict(),
-                    "accuracy": compare(runs),
-                    "runs": runs,
-                },
-            )
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock that ends with the process; yield whether it was got."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: one process at a time, nothing to lock
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     given = arguments(words)
@@ -238,7 +171,14 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = RUNS / f"{given.output}-{digest}"
     if given.smoke:
         return smoke(runs, settings, folder)
-    results = Results(given.output, settings, command_of(words), folder)
+    results = Results(
+        given.output,
+        settings.to_dict(),
+        command_of("lbc", words),
+        folder,
+        lambda found: {"accuracy": compare(found)},
+        torch.cuda.get_device_name() if settings.device == "cuda" else None,
+    )
     data = open_data(settings)
     elsewhere = 0
     for run in runs:
@@ -253,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 done = sum(run.name in results.runs for run in runs)
                 print(f"time is up: {done} of {len(runs)} runs done; repeat the command to go on")
                 return 0
-            results.add(run, result)
+            results.add(run.name, result)
             (folder / f"{run.name}.pt").unlink(missing_ok=True)
             print(f"{run.name}: accuracy {100 * result['accuracy']:.2f} %", flush=True)
     if elsewhere:
@@ -277,15 +217,6 @@ def smoke(runs: list[Run], settings: Settings, folder: Path) -> int:
                 f"{entry['least']} to {entry['most']}"
             )
     return 0
-
-
-def command_of(words: Sequence[str]) -> str:
-    """Return the command without --minutes, which changes nothing in the result."""
-    kept = list(words)
-    if "--minutes" in kept:
-        at = kept.index("--minutes")
-        del kept[at : at + 2]
-    return shlex.join(["python", "benchmarks/lbc.py", *kept])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def origin(found: dict[str, Any]) -> str:
 
 
 def points(found: dict[str, Any] | None) -> str:
+    """Write a difference of `paired` between shares, in points."""
     if found is None:
         return ""
     if found["low"] is None:

@@ -286,6 +286,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "winograd3d_layers": winograd_tables.layers,
     "winograd3d_errors": winograd_tables.errors,
     "winograd3d_growth": winograd_tables.growth,
+    "winograd3d_accuracy": winograd_tables.accuracy,
+    "winograd3d_memory": winograd_tables.memory,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,

@@ -1,13 +1,21 @@
-"""The tables of benchmarks/winograd3d.py."""
+"""The tables of Winograd3d: speed, errors, accuracy and memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from published import RESULTS, load, markdown, origin
+from published import RESULTS, load, markdown, origin, points
 
 NAME = "winograd3d"
 KEEPS = {"all": "all columns", "half": "half", "quarter": "a quarter"}
+SHARES = {1.0: "all", 0.5: "1/2", 0.25: "1/4"}
+LABELS = {
+    "start": "the trained network",
+    "dense": "dense, fine-tuned",
+    "vanilla": "vanilla Winograd",
+    "rank4": "rank 4",
+    "rank8": "rank 8",
+}
 NETWORKS = {"r3d_18": "R3D-18", "c3d": "C3D"}
 
 
@@ -99,6 +107,72 @@ def growth() -> str:
         )
     header = ["layer", "direct", "all columns", "chosen", "half", "a quarter"]
     return f"{markdown(header, rows)}\n\n{written(found)}"
+
+
+def accuracy() -> str:
+    name = "winograd_accuracy"
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `python benchmarks/{name}.py`.*"
+    found = load(name)
+    versus = ("dense", "vanilla", "compensated")
+    rows = []
+    for setting, methods in sorted(found["accuracy"].items(), key=_place):
+        tile, kept = _said(setting)
+        for method, entry in sorted(methods.items(), key=lambda item: list(LABELS).index(item[0])):
+            deviation = "" if entry["sd"] is None else f" ± {100 * entry['sd']:.2f}"
+            mean = f"{100 * entry['mean']:.2f} %{deviation}"
+            minus = [points(entry["minus"].get(other)) for other in versus]
+            rows.append([tile, kept, LABELS[method], mean, *minus])
+            tile = ""
+    settings = found["settings"]
+    run = next(iter(found["runs"].values()))
+    note = (
+        f"C3D of width {settings['width']} on clips of 8x{settings['size']}x{settings['size']}: "
+        f"{settings['epochs']} epochs over {settings['train_clips']:,} clips, then "
+        f"{settings['tune_epochs']} epochs of fine-tuning, tested on {run['test_clips']:,} clips "
+        "of other photos. Differences are in points, paired by seed, with their 95 % interval; "
+        "`compensated` is the same run with compensation."
+    )
+    header = ["", "columns", "trained", "accuracy ± sd"]
+    header += ["minus dense", "minus vanilla", "minus compensated"]
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
+
+
+def _place(item: tuple[str, Any]) -> tuple[int, str, float, bool]:
+    """Order settings: dense first, then by tile and share of columns, compensated ones first."""
+    words = item[0].split()
+    if len(words) == 1:
+        return 0, "", 0.0, False
+    return 1, words[0], -float(words[2]), len(words) > 3
+
+
+def _said(setting: str) -> tuple[str, str]:
+    tile, _, rest = setting.partition(" keep ")
+    if not rest:
+        return "", ""
+    share, _, plain = rest.partition(" ")
+    shares = SHARES.get(float(share), share)
+    return tile, f"{shares}, {plain}" if plain else shares
+
+
+def memory() -> str:
+    name = "winograd_memory"
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"*Not measured yet: `python benchmarks/{name}.py`.*"
+    found = load(name)
+    rows = []
+    for network, forms in found["networks"].items():
+        title, dense = network, forms["dense"]["trained"]
+        for form, entry in forms.items():
+            trained = f"{entry['trained'] / 1e6:.2f} M ({entry['trained'] / dense:.2f}x)"
+            frozen = f"{entry['frozen'] / 1e6:.1f} M" if entry["frozen"] else ""
+            sizes = [f"{entry[key] / 2**20:.0f} MiB" for key in ("sgd_bytes", "adamw_bytes")]
+            rows.append([title, form, trained, frozen, *sizes])
+            title = ""
+    header = ["", "form", "trained in converted layers", "frozen there"]
+    header += ["state of SGD with momentum", "of AdamW"]
+    note = "Both states are of the whole network, with all that is not converted."
+    return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
 
 def _ms(value: float | None) -> str:

@@ -10,6 +10,7 @@ import torch
 import common
 import lbc
 import published
+import resumable
 import tables
 import training
 from paired import difference, spread
@@ -34,7 +35,7 @@ def small(num_classes, channels):
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(lbc, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(resumable, "RESULTS", tmp_path / "results")
     for module in (tables, published):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     (tmp_path / "net.py").write_text(NET)
@@ -199,7 +200,7 @@ def test_a_run_that_another_process_has_is_left_to_it(capsys):
     given = ["--seeds", "0", "--methods", "dense"]
     assert lbc.main(command(*given, "--minutes", "0")) == 0
     folder = next(iter((lbc.RUNS).iterdir()))
-    with lbc.locked(folder / "dense-seed0.lock") as mine:
+    with resumable.locked(folder / "dense-seed0.lock") as mine:
         assert mine
         assert lbc.main(command(*given)) == 0
     assert "1 runs are left to the processes that have them" in capsys.readouterr().out

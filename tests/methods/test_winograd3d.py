@@ -150,7 +150,7 @@ def test_trained_parameters_of_the_sheets_table(tile, rank, small, large):
         made = WinogradTraining(conv, tile, "residual", rank, "accurate")
         assert sum(p.numel() for p in made.parameters()) == expected
         assert made.left.shape == (outputs, inputs, rank)
-        assert made.right.shape == (rank, *[m + 2 for m in tile_of(tile)])
+        assert made.right.shape == (rank, column_count(tile_of(tile)))
 
 
 def test_dense_training_has_as_many_parameters_as_columns():
@@ -158,6 +158,18 @@ def test_dense_training_has_as_many_parameters_as_columns():
     for tile, factor in ((2, 64 / 27), (4, 8)):
         made = WinogradTraining(conv, tile, "dense", 1, "accurate")
         assert sum(p.numel() for p in made.parameters()) == factor * conv.weight.numel()
+
+
+@pytest.mark.parametrize("mode", ["residual", "factor", "dense"])
+def test_the_network_can_be_put_into_channels_last_while_it_trains(mode):
+    """PyTorch refuses that for any parameter of four axes."""
+    winograd = make(mode=mode, keep_ratio=1.0)
+    model = winograd.attach(network(), total_steps=4)
+    x, _ = clips(0)
+    with torch.no_grad():
+        expected = model(x)
+        model = model.to(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
 # -- gains and scores -----------------------------------------------------------------------------
@@ -175,8 +187,7 @@ def test_normalisation_changes_no_bit_and_no_score(tile, mode):
         for layer in layers(model):
             if mode != "dense":  # as if trained; the same weight in both scales
                 right = torch.randn(layer.right.shape, generator=torch.Generator().manual_seed(1))
-                right = right.flatten(1) * layer.scales
-                layer.right.data = right.reshape(layer.right.shape)
+                layer.right.data = right * layer.scales
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         x, y = clips(0)
         logits = model(x)

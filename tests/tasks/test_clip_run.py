@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tenfold.cli import main
 from tenfold.data import create
 from tenfold.errors import UserError
 from tenfold.measure import OnnxModel
+from tenfold.nn.winograd import WinogradConv3d
 from tenfold.report import write_report
 from tenfold.tasks.classification import as_batch, inputs_of
 from tenfold.tasks.run import train
@@ -79,6 +81,26 @@ def test_it_is_timed_and_reported(run: Path) -> None:
     assert "MACs are per clip." in page
     assert "Clips/s" in page
     assert "mage" not in page.partition("</style>")[2]
+
+
+def test_layers_that_a_method_replaces_come_through_every_verb(tmp_path: Path) -> None:
+    methods = {"winograd3d": {"mode": "factor", "rank": 2, "keep_ratio": 0.5, "min_channels": 2}}
+    finished = train(recipe(methods=methods), run_dir=tmp_path / "run")
+    assert finished is not None
+    rows = json.loads((finished.path / "layers.json").read_text(encoding="utf-8"))["layers"]
+    treated = [row for row in rows if row["treatment"] == "Winograd 2x2x2 factor rank 2"]
+    assert [row["shape"][0] for row in treated] == [32] * 7  # columns that are kept of 64
+    model = tenfold.load(finished.path)
+    layers = [module for module in model.modules() if isinstance(module, WinogradConv3d)]
+    assert len(layers) == 7
+    result = export_run(finished.path)
+    assert len(result.folded) == 8
+    assert {check.runtime for check in result.checks} == {"onnxruntime", "openvino"}
+    assert all(check.max_difference < 1e-4 for check in result.checks)
+    exported = tenfold.evaluate(finished.path, to="onnx")
+    assert exported.accuracy == finished.evaluation.accuracy
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    assert "Winograd 2x2x2 factor rank 2" in page
 
 
 def test_predict_takes_videos_and_folders(run: Path, tmp_path: Path, capsys) -> None:
@@ -180,7 +202,7 @@ def test_shipped_recipes_for_clips_are_whole() -> None:
     from tenfold.nn import models
     from tenfold.tasks.recipe import load_recipe
 
-    for name in ("motions-c3d-dense", "ucf101-r3d18-dense"):
+    for name in ("motions-c3d-dense", "ucf101-r3d18-dense", "winograd-c3d-motions"):
         found = load_recipe(name)
         options = DataOptions.parse(found.data)
         with torch.device("meta"):

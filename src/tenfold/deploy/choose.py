@@ -78,6 +78,8 @@ class Target:
 
     def refuses(self, layer: Layer) -> str | None:
         """Say why a 3-D convolution can't be computed by the kernels, or None."""
+        if self.device.type == "cuda" and isinstance(layer.module, WinogradConv3d):
+            return "it is computed by Triton kernels as it is, where there is Triton"
         if self.device.type != "cpu":
             return f"the kernels of 3-D convolutions are for a CPU, and this is on {self.device}"
         tensor = next(iter(layer.module.state_dict().values()))
@@ -135,13 +137,14 @@ def choose_layers(layers: list[Layer], target: Target, choose: str) -> Choices:
         choose: one of `CHOICES`.
     """
     packed: dict[str, nn.Module] = {}
+    on_gpu = target.device.type == "cuda"
     reasons = {layer.name: layer.reason for layer in layers}
     for layer in layers:
         if layer.reason is not None:
             continue
         if choose == "dense":
             reasons[layer.name] = "dense was asked for"
-        elif choose == "time" and target.missing:
+        elif choose == "time" and target.missing and not (on_gpu and layer.spatial):
             reasons[layer.name] = "no kernels for it here"
         elif layer.spatial:
             reasons[layer.name] = target.refuses(layer)
@@ -213,7 +216,7 @@ def time_layer(layer: Layer, packed: nn.Module) -> tuple[float, float]:
 
 
 def time_networks(
-    networks: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
+    networks: Mapping[str, Callable[..., object]], inputs: tuple[Tensor, ...]
 ) -> dict[str, float]:
     """Return the milliseconds of whole networks, timed in alternation."""
     calls = {name: _call(network, inputs) for name, network in networks.items()}
@@ -229,7 +232,7 @@ def _fastest_rounds(
     return {name: min(values) for name, values in samples.items()}
 
 
-def _call(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def _call(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     return lambda: module(*inputs)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,7 @@ from tenfold.deploy.optimized import (
     OptimizedModel,
     hand_on_channels_last,
     in_memory_format,
+    in_parts,
     largest_difference,
 )
 from tenfold.deploy.plan import LayerChoice, OptimizePlan
@@ -45,6 +47,8 @@ __all__ = ["optimize"]
 TOLERANCE = 1e-5
 # Another form of the whole network must take this share of the time: two timings are never equal.
 CLEARLY = 0.97
+# Samples of a batch that are tried to go through the network together.
+AT_ONCE = (1, 4, 16)
 
 
 def optimize(
@@ -98,16 +102,19 @@ def optimize(
     exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
     checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
     form = checks.first(_forms(given, folded, choices, inputs, choose, notes), notes)
-    memory_format, network_ms = "contiguous", dict[str, float]()
+    memory_format, at_once, network_ms = "contiguous", None, dict[str, float]()
     if choose == "time":
         dense = _Form("dense", folded.model, folded=tuple(folded.folded))
         form, memory_format, network_ms = _fastest(form, dense, inputs, checks, notes)
+        form, at_once, in_parts_ms = _in_parts(form, inputs, checks)
+        network_ms |= in_parts_ms
     plan = OptimizePlan(
         layers=tuple(_final(row, form) for row in choices.rows),
         precision=precision,
         instruction_set=target.instruction_set,
         memory_format=memory_format,
         inputs=len(inputs),
+        at_once=at_once,
         folded=form.folded,
         replaced=dict(Counter(form.replaced.values())),
         network_ms=network_ms,
@@ -214,7 +221,7 @@ class _Checks:
             other = random_like(inputs, len(inputs[0]) + 1, seed=0)
             self._other = other, run_once(given, other, "the model")
 
-    def difference(self, network: nn.Module) -> float:
+    def difference(self, network: Callable[..., object]) -> float:
         """Return the largest relative difference on the example; infinite at wrong shapes.
 
         Raises:
@@ -283,6 +290,39 @@ def _fastest(
     if form.packed and not chosen.packed:
         notes.append("nothing is packed: the whole network is faster dense")
     return replace(chosen, difference=difference), memory_format, times
+
+
+def _in_parts(
+    form: _Form, inputs: tuple[Tensor, ...], checks: _Checks
+) -> tuple[_Form, int | None, dict[str, float]]:
+    """Time the network on parts of the batch: say how many samples at once are the fastest."""
+    samples = min(len(x) if x.dim() else 0 for x in inputs)
+    counts = [count for count in AT_ONCE if count < samples]
+    if not counts or not form.packed or inputs[0].device.type != "cpu":
+        return form, None, {}
+    differences = {}
+    for count in counts:
+        parts = functools.partial(_run_parts, form.network, count)
+        with contextlib.suppress(UserError, RuntimeError):  # the samples aren't the first axis
+            difference = checks.difference(parts)
+            if checks.right(difference):
+                differences[count] = difference
+    calls: dict[str, Callable[..., object]] = {
+        f"{form.name}, {count} at once": functools.partial(_run_parts, form.network, count)
+        for count in differences
+    }
+    if not calls:
+        return form, None, {}
+    times = time_networks({"all": form.network, **calls}, inputs)
+    together = times.pop("all")
+    best = min(differences, key=lambda count: times[f"{form.name}, {count} at once"])
+    if times[f"{form.name}, {best} at once"] >= CLEARLY * together:
+        return form, None, times
+    return replace(form, difference=differences[best]), best, times
+
+
+def _run_parts(network: nn.Module, count: int, *inputs: Tensor) -> object:
+    return in_parts(network, inputs, count)
 
 
 def _final(row: LayerChoice, form: _Form) -> LayerChoice:

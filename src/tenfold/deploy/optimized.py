@@ -8,12 +8,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tenfold.deploy.dense import replace_named
 from tenfold.deploy.edits import replaced_nodes
 from tenfold.deploy.fuse import Epilogue, apply_epilogues
 from tenfold.deploy.plan import OptimizePlan
-from tenfold.errors import unknown_name
+from tenfold.errors import UserError, unknown_name
 from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizedModel",
     "hand_on_channels_last",
     "in_memory_format",
+    "in_parts",
     "largest_difference",
     "reopen",
 ]
@@ -60,7 +62,9 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the given network's `forward` does."""
-        return self.network(*args, **kwargs)
+        if self.plan.at_once is None or kwargs or torch.compiler.is_compiling():
+            return self.network(*args, **kwargs)
+        return in_parts(self.network, args, self.plan.at_once)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
@@ -72,6 +76,25 @@ class OptimizedModel(nn.Module):
             f"OptimizedModel({type(self.network).__name__}, {packed} of {layers} layers packed, "
             f"precision={self.plan.precision}); see .plan"
         )
+
+
+def in_parts(network: nn.Module, inputs: Sequence[Any], at_once: int) -> Any:
+    """Run a network on some samples of a batch after the others, and join what it returns.
+
+    What lies between two layers of a batch is larger than the caches; that of one image isn't.
+
+    Args:
+        network: computes each sample by itself.
+        inputs: tensors with the samples along their first axis; other inputs go in whole.
+        at_once: samples of a part.
+    """
+    lengths = {len(x) if isinstance(x, Tensor) and x.dim() else 0 for x in inputs}
+    samples = lengths.pop() if len(lengths) == 1 else 0
+    if samples <= at_once:
+        return network(*inputs)
+    starts = range(0, samples, at_once)
+    parts = [network(*(x[start : start + at_once] for x in inputs)) for start in starts]
+    return pytree.tree_map(lambda *each: torch.cat(each), *parts)
 
 
 def reopen(
@@ -92,8 +115,10 @@ def reopen(
         epilogues: what packed layers shall do besides, by name.
 
     Raises:
-        UserError: a plan with an unknown memory format.
+        UserError: a plan with an unknown memory format, or parts that can't be.
     """
+    if plan.at_once is not None and not (isinstance(plan.at_once, int) and plan.at_once > 0):
+        raise UserError(f"the plan has at_once={plan.at_once!r}: expected null or a number from 1")
     if plan.memory_format not in MEMORY_FORMATS:
         raise unknown_name("memory format", str(plan.memory_format), MEMORY_FORMATS)
     network = in_memory_format(network.eval(), plan.memory_format)

@@ -56,6 +56,7 @@ class OptimizePlan:
         instruction_set: that the kernels used, or None without compiled kernels.
         memory_format: of the convolutions that stay dense, "contiguous" or "channels_last".
         inputs: how many tensors the network takes.
+        at_once: how many samples of a batch go through the network together; None: all.
         folded: names of the BatchNorm modules that were folded away.
         replaced: how many operators of PyTorch kernels of ours compute, by kind.
         network_ms: milliseconds of the whole network in each form that was timed.
@@ -69,6 +70,7 @@ class OptimizePlan:
     instruction_set: str | None = None
     memory_format: str = "contiguous"
     inputs: int = 1
+    at_once: int | None = None
     folded: tuple[str, ...] = ()
     replaced: dict[str, int] = field(default_factory=dict)
     network_ms: dict[str, float] = field(default_factory=dict)
@@ -139,6 +141,8 @@ class OptimizePlan:
         if self.replaced:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in self.replaced.items())
             lines.append(f"own kernels also for: {kinds}")
+        if self.at_once is not None:
+            lines.append(f"of a batch {self.at_once} at once go through the network")
         if self.difference is not None:
             lines.append(f"largest relative difference to the given model: {self.difference:.1e}")
         if self.network_ms:

@@ -113,7 +113,7 @@ class Domain:
     # -- columns -----------------------------------------------------------------------------------
 
     @cached_property
-    def _used(self) -> list[list[int]]:
+    def used(self) -> list[list[int]]:
         """Return the coordinates that some kept column has, by axis; others are not computed."""
         _, height, width = (m + 2 for m in self.tile)
         found = [(j // (height * width), j // width % height, j % width) for j in self.columns]
@@ -121,7 +121,7 @@ class Domain:
 
     @cached_property
     def _box(self) -> tuple[int, ...]:
-        return tuple(len(axis) for axis in self._used)
+        return tuple(len(axis) for axis in self.used)
 
     @cached_property
     def _places(self) -> list[int] | None:
@@ -129,7 +129,7 @@ class Domain:
         if len(self.columns) == math.prod(self._box):
             return None
         _, height, width = (m + 2 for m in self.tile)
-        d, h, w = self._used
+        d, h, w = self.used
         box = [(a * height + b) * width + c for a in d for b in h for c in w]
         place = {j: index for index, j in enumerate(box)}
         return [place[j] for j in self.columns]
@@ -151,12 +151,12 @@ class Domain:
     @cached_property
     def _input_rows(self) -> list[Rows]:
         found = [transforms(m, self.points)[1] for m in self.tile]
-        return [cast(Rows, b[used].tolist()) for b, used in zip(found, self._used, strict=True)]
+        return [cast(Rows, b[used].tolist()) for b, used in zip(found, self.used, strict=True)]
 
     @cached_property
     def _output_rows(self) -> list[Rows]:
         found = [transforms(m, self.points)[0] for m in self.tile]
-        return [cast(Rows, a[:, used].tolist()) for a, used in zip(found, self._used, strict=True)]
+        return [cast(Rows, a[:, used].tolist()) for a, used in zip(found, self.used, strict=True)]
 
     def _taps(self, axis: int, length: int) -> list[slice]:
         """Return the positions of each tap of all tiles along a padded axis."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tenfold.errors import UserError
@@ -73,7 +73,9 @@ def outputs_of(result: object) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
-def run_once(model: nn.Module, inputs: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
+def run_once(
+    model: Callable[..., object], inputs: tuple[Tensor, ...], name: str
+) -> tuple[Tensor, ...]:
     """Run a model without gradients and return its output tensors.
 
     Raises:

@@ -4,7 +4,8 @@
     factor     What = left @ right            from the nearest kernels of rank s
     dense      What itself is trained
 
-left `(O, C, s)` and right `(s, t_d, t_h, t_w)` are the sheet's Sf and Tf. What is trained is kept
+left is `(O, C, s)`, right `(s, t^3)`: with an axis for each of the three coordinates it would have
+four, and PyTorch could not put the network into channels-last any more. What is trained is kept
 multiplied by the gains' powers of two (see `gain_scales`), so that one learning rate suits all
 coordinates; `base` is not, since it isn't trained.
 """
@@ -94,7 +95,6 @@ class WinogradTraining(nn.Module):
     def _start(self, weight: Tensor, mode: Mode, rank: int) -> None:
         outputs, inputs = weight.shape[:2]
         domain = winograd_weight(weight, self.tile, self.points).flatten(2)  # (O, C, t^3)
-        sizes = tuple(m + 2 for m in self.tile)
         if mode == "dense":
             scaled = domain.permute(2, 0, 1) * self.scales[:, None, None]
             self.weight = nn.Parameter(scaled.contiguous())
@@ -109,7 +109,7 @@ class WinogradTraining(nn.Module):
         else:
             self._factorize(weight, left, right)
         self.left = nn.Parameter(left)
-        self.right = nn.Parameter(right.reshape(rank, *sizes))
+        self.right = nn.Parameter(right)
 
     def _factorize(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Take the nearest kernels of rank s, in the spatial domain: optimal for white inputs.
@@ -133,8 +133,7 @@ class WinogradTraining(nn.Module):
         if self.mode == "dense":
             weight = self.weight if every else self.weight[kept]
             return weight / scales[:, None, None]
-        right = self.right.flatten(1)
-        right = (right if every else right[:, kept]) / scales
+        right = (self.right if every else self.right[:, kept]) / scales
         left = self.left.flatten(0, 1)
         if self.mode == "factor":
             found = right.T @ left.T
@@ -228,7 +227,7 @@ class WinogradTraining(nn.Module):
         """Return every tensor that holds columns, their axis, and whether `scales` are in it."""
         if self.mode == "dense":
             return [(self.weight.data, 0, True)]
-        right = (self.right.data.view(self.rank, self.count), 1, True)
+        right = (self.right.data, 1, True)
         return [right] if self.mode == "factor" else [(self.base, 0, False), right]
 
     def _scaled_by_gains(

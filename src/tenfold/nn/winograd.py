@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import UserError, unknown_name
-from tenfold.kernels import winograd_reference
+from tenfold.kernels import winograd_reference, winograd_triton
 from tenfold.kernels.winograd_domain import domain_of
 from tenfold.kernels.winograd_transforms import (
     POINTS,
@@ -192,8 +192,11 @@ class WinogradConv3d(nn.Module):
         """
         if not self.allow_half:
             refuse_half(x, self.tile, self.name)
+        # On a GPU by kernels of our own, where there is Triton and no gradient to compute.
+        on_gpu = winograd_triton.takes(x)
+        convolve = winograd_triton.convolve if on_gpu else winograd_reference.conv3d
         try:
-            return winograd_reference.conv3d(
+            return convolve(
                 x, self.values, self.kept, self.bias, self.tile, self.padding, self.points
             )
         except UserError as error:

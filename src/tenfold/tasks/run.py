@@ -29,6 +29,7 @@ from tenfold.data import LabelledData
 from tenfold.deploy import artifact
 from tenfold.errors import UserError, unknown_name
 from tenfold.measure import count_cost
+from tenfold.methods import LayerPlan
 from tenfold.methods.schedule import Schedule
 from tenfold.tasks.callback import MethodCallback
 from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
@@ -109,6 +110,7 @@ def train(
             finite; the last good checkpoint is kept.
     """
     experiment = set_up(recipe, model, data, overrides)
+    plans = layer_plans(experiment)  # now: a method may put other layers in place of the network's
     check_trainer(experiment.recipe.trainer)
     path = Path(run_dir) if run_dir is not None else Path("runs") / str(experiment.recipe.name)
     _refuse_itself(experiment, path)
@@ -143,7 +145,7 @@ def train(
         task.load_state_dict(saved["state_dict"])
     write_records(experiment.methods, experiment.data, folder)
     finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
-    return _finish(experiment, folder, finished, command)
+    return _finish(experiment, plans, folder, finished, command)
 
 
 def _refuse_itself(experiment: Experiment, path: Path) -> None:
@@ -281,7 +283,11 @@ def _logger(folder: RunFolder) -> Any:
 
 
 def _finish(
-    experiment: Experiment, folder: RunFolder, model: nn.Module, command: str | None
+    experiment: Experiment,
+    plans: Mapping[str, LayerPlan],
+    folder: RunFolder,
+    model: nn.Module,
+    command: str | None,
 ) -> Run:
     recipe, data = experiment.recipe, experiment.data
     evaluation = evaluate(model, data)
@@ -292,7 +298,7 @@ def _finish(
         "recipe": recipe.to_dict(),
     }
     artifact.save(model, folder.model, **described)  # type: ignore[arg-type]
-    rows = layer_rows(count_cost(model, experiment.example), layer_plans(experiment), measured=True)
+    rows = layer_rows(count_cost(model, experiment.example), plans, measured=True)
     write_json(folder.path / "layers.json", {"layers": rows})
     seconds = sum(float(row.get("seconds") or 0) for row in folder.metrics())
     run = folder.path
