@@ -117,7 +117,12 @@ def folder_startup() -> str:
     return f"{markdown(header, rows)}\n\n{origin(found)}"
 
 
-GOALS = {"layers": "ResNet-50's convolutions", "resnet50": "ResNet-50", "deit_small": "DeiT-small"}
+# Rows of the table with the speedups that we aim at.
+GOALS = {
+    "layers": ("ResNet-50's convolutions", (1.6, 2.8, 4.5, 7.0)),
+    "resnet50": ("ResNet-50", (1.4, 2.2, 3.2, 4.0)),
+    "deit_small": ("DeiT-small", (1.3, 2.0, 2.8, 3.5)),
+}
 
 
 def nm_engine() -> str:
@@ -125,19 +130,23 @@ def nm_engine() -> str:
         return "*Not measured yet: `python benchmarks/nm_engine.py`.*"
     found = load("nm_engine")
     rows = []
-    for part, title in GOALS.items():
-        for cell, result in found[part].items():
+    for part, (title, goals) in GOALS.items():
+        rows.append([f"{title}: goal", "", "", *[f"{goal:g}x" for goal in goals]])
+        for cell, result in sorted(found[part].items()):
             if part == "layers":
-                speedups = [f"{value:.2f}x" for value in result["geometric_mean"].values()]
-                best = "each layer's own"
+                values = list(result["geometric_mean"].values())
+                ranges, best = [""] * len(values), "each layer's own"
             else:
-                speedups = [
-                    f"{value['speedup']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
-                    for value in result["sparse"].values()
+                values = [value["speedup"] for value in result["sparse"].values()]
+                ranges = [
+                    f" ({v['low']:.2f} to {v['high']:.2f})" for v in result["sparse"].values()
                 ]
                 best = f"{result['best_dense']}, {result['dense_ms'][result['best_dense']]:.1f} ms"
-            rows.append([title, cell, best, *speedups])
-            title = ""
+            speedups = [
+                f"**{value:.2f}x**{shown}" if value >= goal else f"{value:.2f}x{shown}"
+                for value, goal, shown in zip(values, goals, ranges, strict=True)
+            ]
+            rows.append(["", cell, best, *speedups])
     patterns = list(next(iter(found["resnet50"].values()))["sparse"])
     return f"{markdown(['', 'cell', 'fastest dense', *patterns], rows)}\n\n{nm_origin(found)}"
 
@@ -199,7 +208,7 @@ def nm_profile() -> str:
         return "*Not measured yet: `python benchmarks/nm_profile.py`.*"
     found = load("nm_profile")
     rows = []
-    for name, title in GOALS.items():
+    for name, (title, _) in GOALS.items():
         for pattern, result in found.get(name, {}).items():
             kinds = result["kinds"]
             times = [
