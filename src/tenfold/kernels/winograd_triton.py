@@ -9,8 +9,8 @@ A program takes some tiles and channels; it makes one depth coordinate after the
 a plane of the tile is in registers. Tile and points are part of a kernel, the columns are not.
 Channels are last in memory; an input that lies otherwise is copied first.
 
-Triton comes with PyTorch for CUDA. Without a GPU it can interpret the kernels (TRITON_INTERPRET=1
-in the environment), which is slow and serves the tests. So far they were run in no other way: they
+Triton comes with PyTorch for CUDA. Without a GPU it can interpret the kernels, which takes minutes
+and is for the tests alone. So far they were run in no other way: they
 compile for GPUs of compute capability 8.0 and 9.0, and have never been run on one. So `convolve`
 takes them at their word only after a first result that was right.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from tenfold.kernels.winograd_transforms import Points, tile_of, transforms
 __all__ = ["available", "conv3d", "convolve", "takes"]
 
 Matrix = tuple[tuple[float, ...], ...]
+# Where the kernels run; tests that have them interpreted say "cpu".
+_DEVICE = "cuda"
 # V of one launch, in bytes: larger batches are computed in parts.
 _MOST_BYTES = 2**30
 # How far a first result may be from the plain form's, relative to the largest: products round, in
@@ -55,7 +56,7 @@ def takes(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # also while a file is exported
         return False
     return (
-        (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+        x.device.type == _DEVICE
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not (x.requires_grad and torch.is_grad_enabled())
         and available()
