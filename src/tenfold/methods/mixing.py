@@ -122,7 +122,7 @@ class CurrentMixing:
     def checksums(self, ids: Tensor) -> Tensor:
         """Return a number for the pixels of each mixed image, int32 `(L,)`, never 0."""
         slots = self.slots[ids].tolist()
-        found = [zlib.crc32(self.pixels[slot].numpy()) % (2**31 - 2) + 1 for slot in slots]
+        found = [zlib.crc32(self.pixels[slot].numpy().data) % (2**31 - 2) + 1 for slot in slots]
         return torch.tensor(found, dtype=torch.int32)
 
     def state_dict(self) -> dict[str, Any]:
