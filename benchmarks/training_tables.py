@@ -105,10 +105,6 @@ def kcd_accuracy() -> str:
     return kcd_table("kcd", "python benchmarks/kcd.py")
 
 
-def kcd_accuracy_medium() -> str:
-    return kcd_table("kcd_medium", "python benchmarks/kcd.py --medium")
-
-
 def kcd_accuracy_gpu() -> str:
     return kcd_table("kcd_gpu", "python benchmarks/kcd.py --full")
 
@@ -153,11 +149,7 @@ def kcd_table(name: str, command: str) -> str:
 
 
 def kcd_time() -> str:
-    return kcd_time_table("kcd", "python benchmarks/kcd.py")
-
-
-def kcd_time_medium() -> str:
-    return kcd_time_table("kcd_medium", "python benchmarks/kcd.py --medium")
+    return kcd_time_table("kcd_time", "python benchmarks/kcd.py --time")
 
 
 def kcd_time_table(name: str, command: str) -> str:

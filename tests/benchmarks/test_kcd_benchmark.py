@@ -43,7 +43,8 @@ def result() -> dict:
 
 
 def test_all_parts_in_one_go_and_in_pieces(monkeypatch, capsys):
-    assert kcd.main(command()) == 0
+    both = ("--parts", "accuracy", "time")
+    assert kcd.main(command(*both)) == 0
     whole = result()
     drawn = sum(SIZES[:3])
     runs = whole["runs"]
@@ -68,7 +69,7 @@ def test_all_parts_in_one_go_and_in_pieces(monkeypatch, capsys):
         for file in folder.glob("*.pt"):
             file.unlink()
     for _ in range(4):
-        assert kcd.main(command("--minutes", "9")) == 0
+        assert kcd.main(command(*both, "--minutes", "9")) == 0
     assert "time is up" in capsys.readouterr().out
     for name, run in result()["runs"].items():
         for key in ("accuracy", "loss", "forwards"):
@@ -95,8 +96,15 @@ def test_wrong_arguments(words, message):
 
 
 def test_presets_are_those_of_the_docs():
-    given = kcd.arguments(["--medium"])
-    assert (given.images, given.epochs, given.seeds) == (10_000, 12, [0, 1, 2])
+    given = kcd.arguments([])
+    assert (given.images, given.epochs, given.seeds, given.parts) == (
+        5000,
+        12,
+        [0, 1, 2],
+        ["accuracy"],
+    )
+    given = kcd.arguments(["--time"])
+    assert (given.images, given.epochs, given.parts) == (1000, 12, ["time"])
     given = kcd.arguments(["--full", "--device", "cpu"])
     assert (given.images, given.epochs, given.augment, given.cache) == (
         None,
