@@ -1,6 +1,6 @@
 """KCD beside plain distillation: accuracy, forward passes and time, paired by seed.
 
-    python benchmarks/kcd.py                      # 5,000 images: an hour on two cores
+    python benchmarks/kcd.py                      # 4,000 images: an hour on two cores
     python benchmarks/kcd.py --time               # 1,000 images, timed: ten quiet minutes
     python benchmarks/kcd.py --minutes 9          # stop cleanly after 9 minutes; repeat to go on
     python benchmarks/kcd.py --full --minutes 9   # the paper's recipe on all images, on a GPU
@@ -54,11 +54,11 @@ RUNS = Path("runs")
 PARTS = ("accuracy", "time")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
-    "images": 5000,
+    "images": 4000,
     "teacher": "resnet56",
     "student": "resnet20",
     "epochs": 12,
-    "teacher_epochs": 24,
+    "teacher_epochs": 20,
     "stages": 6,
     "batch_size": 64,
     "lr": 0.05,

@@ -50,7 +50,7 @@ RUNS = Path("runs")
 PARTS = ("accuracy", "checkpoints", "step", "bookkeeping")
 SMALL: dict[str, Any] = {
     "data": "npz:../shared/data/cifar10",
-    "images": 3000,
+    "images": 2000,
     "model": "resnet20",
     "float_epochs": 12,
     "epochs": 6,

@@ -98,7 +98,7 @@ def test_wrong_arguments(words, message):
 def test_presets_are_those_of_the_docs():
     given = kcd.arguments([])
     assert (given.images, given.epochs, given.seeds, given.parts) == (
-        5000,
+        4000,
         12,
         [0, 1, 2],
         ["accuracy"],

@@ -105,6 +105,6 @@ def test_other_settings_are_refused():
 
 def test_presets_are_those_of_the_docs():
     given = lts.arguments([])
-    assert (given.images, given.seeds, given.bits) == (3000, [0, 1, 2], [2, 3, 4])
+    assert (given.images, given.seeds, given.bits) == (2000, [0, 1, 2], [2, 3, 4])
     given = lts.arguments(["--full", "--device", "cpu"])
     assert (given.images, given.epochs, given.batch_size, given.output) == (0, 400, 128, "lts_gpu")
