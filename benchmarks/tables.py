@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "winograd3d_errors": winograd_tables.errors,
     "winograd3d_growth": winograd_tables.growth,
     "winograd3d_accuracy": winograd_tables.accuracy,
+    "winograd3d_accuracy_longer": winograd_tables.longer_accuracy,
     "winograd3d_memory": winograd_tables.memory,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,

@@ -2,6 +2,8 @@
 
     python benchmarks/winograd_accuracy.py                # about an hour on one CPU core
     python benchmarks/winograd_accuracy.py --minutes 30   # stop cleanly; repeat to go on
+    # other settings need another file; the docs' longer fine-tuning, with --tiles 2 --keeps 0.5:
+    python benchmarks/winograd_accuracy.py --tune_epochs 6 --output winograd_accuracy_long
 
 A narrow C3D is trained densely, once a seed. Every run of the seed then fine-tunes this network
 with the same clips in the same order, steps and schedule (SGD with momentum 0.9, cosine to zero):
