@@ -265,7 +265,7 @@ def test_nothing_is_loaded_from_elsewhere(save, contents) -> None:
     assert not any({"src", "href", "xlink:href"} & set(found) for _, found in page.tags)
     assert not re.search(r"https?://|url\(|@import", text)
     policies = [found for _, found in page.tags if found.get("http-equiv")]
-    assert policies[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    assert policies[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def test_every_drawing_is_valid_xml_and_named(save, contents) -> None:
