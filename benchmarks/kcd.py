@@ -7,9 +7,9 @@
     python benchmarks/kcd.py --seeds 0            # some of it
     python benchmarks/kcd.py --methods kd kcd --ratios 0.7
 
-A ResNet-56 is trained first, once, and teaches a ResNet-20 in five ways: not at all (student), from
-all samples (kd), from those that KCD keeps, and from as many that are left by chance (random).
-Two parts:
+A ResNet-56 is trained first, once and on all images, and teaches a ResNet-20 on some of them: not at
+all (student), from all samples (kd), from those that KCD keeps, and from as many that are left by
+chance (random). Two parts:
 
 - accuracy: all methods and ratios. The views of an image can be counted (mirrored or not), and the
   teacher answers once for each view, so that this part is mostly the student's work.
@@ -58,7 +58,8 @@ SMALL: dict[str, Any] = {
     "teacher": "resnet56",
     "student": "resnet20",
     "epochs": 12,
-    "teacher_epochs": 20,
+    "teacher_images": 0,
+    "teacher_epochs": 4,
     "stages": 6,
     "batch_size": 64,
     "lr": 0.05,
@@ -77,6 +78,7 @@ SMALL: dict[str, Any] = {
 TIME: dict[str, Any] = {
     **SMALL,
     "images": 1000,
+    "teacher_images": 1000,
     "teacher_epochs": 1,
     "parts": ["time"],
     "output": "kcd_time",
@@ -113,6 +115,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", help="as a recipe's model")
     parser.add_argument("--student", help="as a recipe's model")
     parser.add_argument("--epochs", type=int, help="of the student")
+    parser.add_argument("--teacher_images", type=int, help="training images; 0: all")
     parser.add_argument("--teacher_epochs", type=int)
     parser.add_argument("--stages", type=int)
     parser.add_argument("--batch_size", type=int)
@@ -129,7 +132,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     for name, value in preset.items():
         if getattr(given, name, None) is None:
             setattr(given, name, value)
-    given.images = given.images or None
+    given.images, given.teacher_images = given.images or None, given.teacher_images or None
     for method in given.methods:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
@@ -262,11 +265,16 @@ class Results:
             )
 
 
+def images(settings: Settings, limit: int | None) -> ImageData:
+    return create({"name": settings.data} | ({} if limit is None else {"limit": limit}))
+
+
 def teach(
-    settings: Settings, data: ImageData, folder: Path, clock: Clock
+    settings: Settings, folder: Path, clock: Clock
 ) -> tuple[nn.Module, dict[str, Any]] | None:
     """Train the teacher, or read the one that is there; None when the time was up first."""
     finished = folder / "teacher.pt"
+    data = images(settings, settings.teacher_images)
     with locked(folder / "teacher.lock", wait=True):
         if not finished.is_file():
             training = Training(Run(0, "teacher"), settings, data, folder, None)
@@ -279,6 +287,7 @@ def teach(
                 "model": training.model.state_dict(),
                 "facts": {
                     "accuracy": round(found.accuracy, 6),
+                    "images": data.train_size,
                     "epochs": training.epochs,
                     "seconds": round(sum(training.seconds), 1),
                 },
@@ -339,9 +348,8 @@ def main(words: Sequence[str] | None = None) -> int:
     digest = hashlib.sha256(json.dumps(settings.to_dict()).encode()).hexdigest()[:8]
     folder = RUNS / f"{given.output}-{digest}"
     results = Results(given.output, settings, command_of(words), folder)
-    options: dict[str, object] = {"name": settings.data}
-    data = create(options if settings.images is None else {**options, "limit": settings.images})
-    teacher = teach(settings, data, folder, clock)
+    data = images(settings, settings.images)
+    teacher = teach(settings, folder, clock)
     seeds = grid(given.parts, given.seeds, given.methods, given.ratios, settings.cache)
     wanted = [run for runs in seeds.values() for run in runs]
     elsewhere = 0

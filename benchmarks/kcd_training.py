@@ -41,6 +41,7 @@ class Settings:
     teacher: str
     student: str
     epochs: int
+    teacher_images: int | None
     teacher_epochs: int
     stages: int
     batch_size: int

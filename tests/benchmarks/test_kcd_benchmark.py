@@ -33,7 +33,8 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def command(*more: str) -> list[str]:
     words = (
         "--data digits --images 120 --student net.py:small --teacher net.py:small --epochs 3 "
-        "--teacher_epochs 2 --stages 3 --batch_size 40 --ratios 0.5 --seeds 0 --output tried"
+        "--teacher_images 90 --teacher_epochs 2 --stages 3 --batch_size 40 --ratios 0.5 --seeds 0 "
+        "--output tried"
     )
     return [*words.split(), *more]
 
