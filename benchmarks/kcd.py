@@ -7,9 +7,9 @@
     python benchmarks/kcd.py --seeds 0            # some of it
     python benchmarks/kcd.py --methods kd kcd --ratios 0.7
 
-A ResNet-56 is trained first, once and on all images, and teaches a ResNet-20 on some of them: not at
-all (student), from all samples (kd), from those that KCD keeps, and from as many that are left by
-chance (random). Two parts:
+A ResNet-56 is trained first, once and on all images, and teaches a ResNet-20 on some of them: not
+at all (student), from all samples (kd), from those that KCD keeps, and from as many that are left
+by chance (random). Two parts:
 
 - accuracy: all methods and ratios. The views of an image can be counted (mirrored or not), and the
   teacher answers once for each view, so that this part is mostly the student's work.

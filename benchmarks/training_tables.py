@@ -140,10 +140,10 @@ def kcd_table(name: str, command: str) -> str:
     images = f"{settings['images']:,}" if settings["images"] else "all"
     tested = next(iter(found["runs"].values()))["test_images"]
     note = (
-        f"{settings['teacher']} ({100 * teacher['accuracy']:.2f} %, {teacher['epochs']} epochs over "
-        f"{teacher['images']:,} images) teaches {settings['student']} on {images} images, {settings['epochs']} "
-        f"epochs, batch {settings['batch_size']}, tested on {tested:,}. Differences are in points, paired by "
-        "seed, with their 95 % interval."
+        f"{settings['teacher']} ({100 * teacher['accuracy']:.2f} %, {teacher['epochs']} epochs "
+        f"over {teacher['images']:,} images) teaches {settings['student']} on {images} images, "
+        f"{settings['epochs']} epochs, batch {settings['batch_size']}, tested on {tested:,}. "
+        "Differences are in points, paired by seed, with their 95 % interval."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
