@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tenfold.errors import UserError
 from tenfold.measure.cost import count_cost
+from tenfold.nn.quantized import QuantizedConv2d
 
 pytestmark = pytest.mark.parity
 
@@ -180,3 +181,14 @@ def test_winograd_layers_count_the_products_of_their_kept_columns():
     assert row.macs == 72 * 2 * 8 * 4
     assert cost.macs == row.macs + 8 * 64 * 2
     assert cost.parameters == 72 * 8 * 4 + 8 + 8 * 64 * 2 + 2
+
+
+def test_layers_that_make_their_weight_anew_get_their_own_macs():
+    """Memory of a weight that is gone may be that of another layer's input or weight."""
+    width, side = 16, 24
+    net = nn.Sequential(
+        *(QuantizedConv2d(nn.Conv2d(width, width, 3, padding=1), 4) for _ in range(8))
+    )
+    for _ in range(3):
+        rows = count_cost(net, torch.zeros(1, width, side, side)).layers
+        assert [row.macs for row in rows] == 8 * [side**2 * width**2 * 9]

@@ -97,7 +97,7 @@ def count_cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     with torch.no_grad(), _in_eval(model), parametrize.cached():
         layers = _layers(model)
         weights = {name: layer.weight for name, layer in layers.items()}  # packed ones made dense
-        macs_by_layer, macs = _count(model, inputs, layers)
+        macs_by_layer, macs = _count(model, inputs, layers, weights)
         rows = tuple(
             _row(name, layer, weights[name], macs_by_layer[name]) for name, layer in layers.items()
         )
@@ -194,13 +194,16 @@ def _row(name: str, layer: nn.Module, weight: Tensor, macs: int) -> LayerCost:
 
 
 def _count(
-    model: nn.Module, inputs: tuple[Tensor, ...], layers: dict[str, Any]
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    layers: dict[str, Any],
+    weights: dict[str, Tensor],
 ) -> tuple[dict[str, int], int]:
     """Run once and return the multiply-adds of each layer and of the whole network."""
     # The kernels of packed layers are no operators of PyTorch: their outputs say what they cost.
     packed = {name: layer for name, layer in layers.items() if isinstance(layer, KernelLayer)}
     counter = FlopCounterMode(display=False)
-    assign = _Assign(counter, {n: layer for n, layer in layers.items() if n not in packed})
+    assign = _Assign(counter, {n: weight for n, weight in weights.items() if n not in packed})
     macs = dict.fromkeys(packed, 0)
     handles = []
 
@@ -232,14 +235,17 @@ class _Assign(TorchDispatchMode):  # type: ignore[no-untyped-call]
     layer, because a layer may compute with something made from its weight.
     """
 
-    def __init__(self, counter: FlopCounterMode, layers: dict[str, Any]) -> None:
+    def __init__(self, counter: FlopCounterMode, weights: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
         self._running: list[str] = []
+        # Held, for a layer may make its weight anew at each access: the memory of one that is
+        # gone is given to other tensors, which would then be taken for it.
+        self._weights = weights
         self._by_storage: dict[int, list[str]] = {}
-        for name, layer in layers.items():
-            self._by_storage.setdefault(_storage(layer.weight), []).append(name)
-        self.flops = dict.fromkeys(layers, 0)
+        for name, weight in weights.items():
+            self._by_storage.setdefault(_storage(weight), []).append(name)
+        self.flops = dict.fromkeys(weights, 0)
 
     def enter(self, name: str) -> None:
         self._running.append(name)
