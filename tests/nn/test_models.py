@@ -47,6 +47,8 @@ def test_option_a_pads_with_zero_channels():
         ("torchvision/googlenet", (64, 64), 3),
         ("digitnet", (8, 8), 1),
         ("resnet20", (20, 20), 1),
+        ("pvt_tiny", (32, 32), 1),
+        ("lvvit_small", (32, 32), 1),
     ],
 )
 def test_networks_run_and_can_be_built_again(name, size, channels):

@@ -14,6 +14,9 @@ from tenfold.imports import import_object, is_object_name
 from tenfold.nn.c3d import C3D
 from tenfold.nn.cifar_resnet import CifarResNet
 from tenfold.nn.digitnet import DigitNet
+from tenfold.nn.lvvit import LVViT
+from tenfold.nn.pvt import DEPTHS, PyramidVisionTransformer
+from tenfold.nn.supervit import SuperViT
 from tenfold.nn.unet3d import UNet3d
 
 __all__ = ["Network", "build", "check_name", "load_pretrained", "names", "rebuild"]
@@ -23,6 +26,12 @@ _OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "digitnet": (DigitNet, {}),
     "c3d": (C3D, {}),
     "unet3d": (UNet3d, {}),
+    **{
+        f"pvt_{size}": (PyramidVisionTransformer, {"depths": depths})
+        for size, depths in DEPTHS.items()
+    },
+    "lvvit_small": (LVViT, {}),
+    "supervit": (SuperViT, {}),
 }
 
 
@@ -33,6 +42,10 @@ def names() -> dict[str, str]:
     }
     for depth in (20, 32, 44, 56, 110):
         described[f"resnet{depth}"] = f"CIFAR ResNet of {depth} layers (shortcut: A or B)"
+    for size, depths in DEPTHS.items():
+        described[f"pvt_{size}"] = (
+            f"Pyramid Vision Transformer of {sum(depths)} blocks, for images of one square size"
+        )
     described["timm/<name>"] = (
         "any model of timm, such as timm/resnet50 or timm/vit_tiny_patch16_224"
     )
