@@ -81,3 +81,25 @@ def plain(num_classes: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(512, num_classes),
     )
+
+
+def vit(num_classes: int, channels: int = 1, depth: int = 3) -> nn.Module:
+    """A vision transformer for images of 8 x 8: 4 x 4 patches, and no dropout."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=8,
+        patch_size=2,
+        in_chans=channels,
+        num_classes=num_classes,
+        embed_dim=16,
+        depth=depth,
+        num_heads=2,
+    )
+
+
+def supervit(num_classes: int) -> nn.Module:
+    """The same in six cells."""
+    from tenfold.nn.supervit import SuperViT
+
+    return SuperViT(vit(num_classes), sizes=(4, 8), drop_blocks=(1,))

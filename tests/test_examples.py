@@ -19,7 +19,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"quickstart.py", "lbc_lightning.py"}
+    tested = {"quickstart.py", "lbc_lightning.py", "smmix_timm.py"}
     tested |= {f"{key}_plain_pytorch.py" for key in ("lbc", "lts", "kcd")}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
@@ -45,6 +45,15 @@ def test_plain_pytorch_to_two_bits(capsys):
     out = capsys.readouterr().out
     assert "of the weights' gradients left out" in out
     assert "openvino, batch 3: equal within" in out
+
+
+def test_smmix_in_a_script_of_timm(capsys):
+    file = EXAMPLES / "smmix_timm.py"
+    marked = [line for line in file.read_text().splitlines() if line.endswith("  # SMMix")]
+    assert len(marked) == 6
+    accuracy = runpy.run_path(str(file))["main"]()
+    assert accuracy > 0.6
+    assert "epoch 15: loss" in capsys.readouterr().out
 
 
 def test_own_lightning_trainer(capsys):

@@ -24,10 +24,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "kcd": {"teacher": f"{NETS}:small", "stages": 2},
     "lbc": {"n": 2, "m": 4},
     "lts": {"bits": 4},
+    "smmix": {"switch_prob": 0.7},
+    "supervit": {"sizes": [4, 8], "drop_blocks": [1]},
     "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4},
 }
 # Networks of images for methods that need others than the small one.
-NETWORKS = {"winograd3d": nets.deep}
+NETWORKS = {"smmix": nets.vit, "supervit": nets.vit, "winograd3d": nets.deep}
 PAIRS = [
     pair
     for pair in itertools.combinations(sorted(registry()), 2)
@@ -74,7 +76,7 @@ def test_a_pair_trains_five_steps_and_exports_or_says_why_not(pair):
     assert run is not None
     assert not any("parametrizations" in key for key in run.model.state_dict())
     images = torch.randn(3, 1, 8, 8)
-    loaded = tenfold.load("run", model=build(10))
+    loaded = tenfold.load("run", model=(nets.supervit if "supervit" in pair else build)(10))
     with torch.inference_mode():
         expected = run.model(images)
         torch.testing.assert_close(loaded(images), expected)

@@ -6,9 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tenfold.errors import UserError, nearest, unknown_name
+
+if TYPE_CHECKING:
+    from tenfold.deploy.cells import CellsExport
+    from tenfold.nn.budget import CellTable
 
 __all__ = ["main"]
 
@@ -170,13 +174,21 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         command = f"tenfold bench {shlex.quote(str(run.path))}"
         result = bench_run(run.path, runtimes=runtimes, seconds=1.0, command=command)
         _print_bench(result)
+        _print_known_cells(str(run.path))
     _write_report(str(run.path))
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.cells import export_run_cell, export_run_cells, parse_cell
     from tenfold.tasks.verbs import export_run
 
-    result = export_run(options.run, options.to)
+    if options.cells:
+        _export_cells(export_run_cells, options)
+        return
+    if options.cell is not None:
+        result = export_run_cell(options.run, parse_cell(options.cell), options.to)
+    else:
+        result = export_run(options.run, options.to)
     print(f"{result.path}  {result.bytes:,} bytes, {len(result.folded)} batch norms folded")
     for check in result.checks:
         print(
@@ -185,9 +197,30 @@ def _export(options: argparse.Namespace, rest: list[str]) -> None:
         )
 
 
+def _export_cells(export: Callable[[str], CellsExport], options: argparse.Namespace) -> None:
+    if options.to != "onnx" or options.cell is not None:
+        raise UserError("--cells writes all cells as onnx: leave --to and --cell out")
+    written = export(options.run)
+    share = written.bytes / written.separate_bytes
+    print(
+        f"{written.path}  {len(written.files)} cells on one file of weights, {written.bytes:,} "
+        f"bytes, {share:.0%} of what they take separately"
+    )
+    for cell, name in written.files.items():
+        worst = max(check.max_difference for check in written.checks[cell])
+        print(f"  {name}: outputs equal within {worst:.1e}")
+
+
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from tenfold.tasks.evaluation import evaluate
 
+    if options.cells:
+        from tenfold.tasks.cells import evaluate_run_cells
+
+        if options.to is not None:
+            raise UserError("--cells evaluates in PyTorch: leave --to out")
+        _print_cells(evaluate_run_cells(options.model, options.data, options.batch_size))
+        return
     print(evaluate(options.model, options.data, to=options.to, batch_size=options.batch_size))
 
 
@@ -204,6 +237,20 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> None:
         command=options.command,
     )
     _print_bench(result)
+    _print_known_cells(options.run)
+
+
+def _print_known_cells(run: str) -> None:
+    """Print the cells of a SuperViT, where a run has them."""
+    from pathlib import Path
+
+    from tenfold.measure.cells import read_cells
+    from tenfold.nn.budget import CellTable
+
+    found = read_cells(Path(run) / "model")
+    if found is not None:
+        print()
+        _print_cells(CellTable.from_dict(found))
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
@@ -213,7 +260,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 def _predict(options: argparse.Namespace, rest: list[str]) -> None:
     from tenfold.tasks.verbs import predict
 
-    predictions = predict(options.run, options.files, top=options.top)
+    predictions = predict(options.run, options.files, top=options.top, budget=options.budget)
     width = max(len(prediction.file) for prediction in predictions)
     for found in predictions:
         shown = ", ".join(
@@ -221,6 +268,15 @@ def _predict(options: argparse.Namespace, rest: list[str]) -> None:
             for name, probability in zip(found.classes, found.probabilities, strict=True)
         )
         print(f"{found.file:<{width}}  {shown}")
+
+
+def _print_cells(table: CellTable) -> None:
+    from tenfold.measure.cells import cell_lines
+
+    measured = any(row.latency_ms is not None for row in table.rows)
+    front = table.front("latency_ms" if measured else "macs")
+    print("\n".join(cell_lines(table.rows, front)))
+    print("* no other cell is both as accurate and as cheap")
 
 
 def _print_bench(result: object) -> None:
@@ -290,6 +346,12 @@ def _parser() -> argparse.ArgumentParser:
     exporting = verb("export", _export, "Export a run's model into RUN/export/ and check it there.")
     exporting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
     exporting.add_argument("--to", choices=("onnx", "openvino", "torch"), default="onnx")
+    exporting.add_argument(
+        "--cell", metavar="SIZE,RATE", help="one cell of a SuperViT, such as 192,0.7"
+    )
+    exporting.add_argument(
+        "--cells", action="store_true", help="all of them, on one file of weights"
+    )
 
     evaluating = verb("evaluate", _evaluate, "Evaluate a run, an artifact or an exported file.")
     evaluating.add_argument("model", metavar="RUN|ARTIFACT|ONNX")
@@ -297,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="NAME", help="another data set than it was trained on"
     )
     evaluating.add_argument("--to", choices=("onnx", "openvino"), help="evaluate the exported form")
+    evaluating.add_argument("--cells", action="store_true", help="every cell of a SuperViT")
     evaluating.add_argument("--batch_size", type=_positive, help="256 images or 32 clips")
 
     timing = verb("bench", _bench, "Time a run's model against the dense one, side by side.")
@@ -314,6 +377,9 @@ def _parser() -> argparse.ArgumentParser:
     predicting = verb("predict", _predict, "Classify image files, or clips.")
     predicting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
     predicting.add_argument("files", nargs="+", metavar="FILE")
+    predicting.add_argument(
+        "--budget", metavar="BUDGET", help="of a SuperViT: 5ms, 1.2gmacs or 300img/s"
+    )
     predicting.add_argument("--top", type=_positive, default=3, help="classes to name")
     return parser
 

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Kind, Method, find, in_order, registry
 from tenfold.methods.schedule import Schedule
+from tests import nets
 from tests.made_up import Focal, Gain, Hermit, OtherLoss
 
 pytestmark = pytest.mark.unit
@@ -27,6 +28,8 @@ SAMPLES = {
         "stages": 2,
         "augment_max": 0.0,
     },
+    "smmix": {"token_head": "own"},
+    "supervit": {"sizes": [4, 8], "drop_blocks": [1]},
     "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4},
 }
 # What `attach` takes in place of a number of steps.
@@ -58,7 +61,11 @@ def volumes() -> nn.Sequential:
     )
 
 
-NETWORKS = {"winograd3d": volumes}
+NETWORKS = {
+    "smmix": lambda: nets.vit(4),
+    "supervit": lambda: nets.supervit(4),
+    "winograd3d": volumes,
+}
 
 
 def network_for(key: str) -> nn.Sequential:

@@ -28,10 +28,12 @@ from tenfold.deploy.quantized_edits import QUANTIZED_EDITS, store_quantized, sto
 from tenfold.deploy.semi_structured import SemiStructuredLayer
 from tenfold.deploy.winograd_edits import WINOGRAD, winograd_edits
 from tenfold.errors import UserError
+from tenfold.measure.cells import read_cells, write_cells
 from tenfold.nn.blocks import nm_pattern
 from tenfold.nn.models import Network, check_name, rebuild
 from tenfold.nn.packed import PackedLayer
 from tenfold.nn.packing import pack_nm, unpack_nm
+from tenfold.nn.supervit import SuperViT
 
 __all__ = ["Artifact", "artifact_bytes", "load", "read", "save"]
 
@@ -169,6 +171,8 @@ def save(
         (staging / STRUCTURE).write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
         for name in (WEIGHTS, STRUCTURE):
             os.replace(staging / name, folder / name)
+        if isinstance(model, SuperViT):  # what is known of its cells
+            write_cells(folder, model.table)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -318,6 +322,8 @@ def _fill(artifact: Artifact, model: nn.Module | None) -> nn.Module:
                 tensor = getattr(owner, name)
                 tensor.data = tensor.data.to(state[key].dtype)
     model.load_state_dict(state)
+    if isinstance(model, SuperViT) and (cells := read_cells(artifact.path)) is not None:
+        model.table.take(cells)
     if artifact.plan is None:
         return model.eval()
     return reopen(model, OptimizePlan.from_dict(artifact.plan), changes, epilogues)

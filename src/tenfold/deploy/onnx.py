@@ -38,7 +38,7 @@ from tenfold.measure.runners import (
 )
 from tenfold.nn.quantized import QuantizedLayer
 
-__all__ = ["Check", "ExportResult", "export"]
+__all__ = ["Check", "ExportResult", "check_runtimes", "export"]
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 # Neither is the batch that the model is traced with.
@@ -131,18 +131,36 @@ def export(
     with folder as temporary:
         draft = Path(temporary) / target.name
         _write(folded.model, draft, inputs, to, metadata)
-        checks = []
-        for runtime, open_runner in _runtimes(to):
-            with _named(runtime):
-                runner = open_runner(draft)
-            checks += _check(runtime, runner, original, inputs)
-            del runner  # lets go of the file
+        checks = check_runtimes(draft, to, original, inputs)
         # The companions (.bin, .data) go first, so that the main file never lacks them.
         written = sorted(Path(temporary).iterdir(), key=lambda file: file.name == target.name)
         size = sum(file.stat().st_size for file in written)
         for file in written:
             os.replace(file, target.parent / file.name)
     return ExportResult(target, to, size, checks, folded.folded)
+
+
+def check_runtimes(
+    file: Path, to: str, original: nn.Module, inputs: tuple[Tensor, ...]
+) -> list[Check]:
+    """Run a file in the engines that it is meant for, at two batch sizes.
+
+    Args:
+        file: the exported one.
+        to: its format.
+        original: what it has to compute.
+        inputs: examples.
+
+    Raises:
+        UserError: an engine can't run it, or computes something else.
+    """
+    checks = []
+    for runtime, open_runner in _runtimes(to):
+        with _named(runtime):
+            runner = open_runner(file)
+        checks += _check(runtime, runner, original, inputs)
+        del runner  # lets go of the file
+    return checks
 
 
 def _target(path: Path, to: str) -> Path:

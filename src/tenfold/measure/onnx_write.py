@@ -77,6 +77,8 @@ def write_onnx(
             if any(shape is not None and isinstance(shape[0], int) for shape in shapes):
                 # The exporter does so without a word when the dynamic batch fails.
                 raise RuntimeError("forward() makes the batch size a constant")
+            for node in program.model.graph.all_nodes():
+                node.metadata_props.clear()  # stack traces of this machine, most of a small file
             if text is not None:
                 program.model.metadata_props[METADATA_KEY] = text
             weights = sum(tensor.nbytes for tensor in model.state_dict().values())

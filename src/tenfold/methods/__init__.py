@@ -39,6 +39,19 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.lts import freeze_threshold as freeze_threshold
     from tenfold.methods.lts import quantize_input as quantize_input
     from tenfold.methods.lts import quantize_weight as quantize_weight
+    from tenfold.methods.smmix import SMMix as SMMix
+    from tenfold.methods.smmix import extreme_windows as extreme_windows
+    from tenfold.methods.smmix import paste_windows as paste_windows
+    from tenfold.methods.smmix import region_means as region_means
+    from tenfold.methods.smmix import smmix_loss as smmix_loss
+    from tenfold.methods.smmix import smooth_labels as smooth_labels
+    from tenfold.methods.smmix import window_mask as window_mask
+    from tenfold.methods.supervit import SuperViT as SuperViT
+    from tenfold.methods.supervit import SuperViTCell as SuperViTCell
+    from tenfold.methods.supervit import SuperViTTraining as SuperViTTraining
+    from tenfold.methods.supervit import distilled as distilled
+    from tenfold.methods.supervit import draw_box as draw_box
+    from tenfold.methods.supervit import kept_patches as kept_patches
     from tenfold.methods.winograd3d import Winograd3d as Winograd3d
     from tenfold.methods.winograd3d import convert as convert
     from tenfold.methods.winograd3d import gain_scales as gain_scales

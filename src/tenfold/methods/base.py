@@ -91,6 +91,8 @@ class Method(Requests):
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     conflicts: ClassVar[frozenset[str]] = frozenset()
     replaces_loss: ClassVar[bool] = False
+    takes_mixed_labels: ClassVar[bool] = False  # its loss also takes labels `(B, K)` of MixUp
+    makes_targets: ClassVar[bool] = False  # its loss smooths labels itself
     needs_ids: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

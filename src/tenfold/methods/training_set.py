@@ -6,11 +6,13 @@ set. Images have ids that never shift: 0 to size - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+
+from tenfold.nn.models import Network
 
 __all__ = ["Mixing", "Requests", "TrainingSet"]
 
@@ -46,6 +48,7 @@ class TrainingSet:
             where they are not of one size then.
         views: how many different images augmentation makes of one; None: too many to count.
         augment: name of the augmentation.
+        scale: mean and standard deviation, by channel, that images are normalised by.
     """
 
     name: str
@@ -57,6 +60,7 @@ class TrainingSet:
     stored: Callable[[Tensor], Tensor] | None = None
     views: int | None = None
     augment: str = "none"
+    scale: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 class Requests:
@@ -67,6 +71,19 @@ class Requests:
     def networks(self) -> dict[str, Any]:
         """Return further networks that the method needs: by role, what the recipe says of them."""
         return {}
+
+    def wrap(self, model: nn.Module, network: Network, fresh: bool) -> tuple[nn.Module, Network]:
+        """Return the network that is trained in place of the recipe's own; by default that itself.
+
+        Args:
+            model: as the recipe names it.
+            network: how it was built.
+            fresh: whether its weights are fresh ones.
+
+        Raises:
+            UserError: it can't be wrapped.
+        """
+        return model, network
 
     def use_network(self, role: str, network: nn.Module) -> None:
         """Take a network that `networks` asked for, in evaluation mode."""
@@ -113,6 +130,7 @@ class Requests:
         - `facts`: pairs of label and text.
         - `charts`: dicts of `title`, `x_label`, `y_label` and `lines`, each of these with a `label`
           and `points`, a list of pairs.
-        - `images`: dicts of `title`, `ids` of training images, and a note for each in `notes`.
+        - `images`: dicts of `title`, `ids` of training images, and a note for each in `notes`; or
+          `pictures`, uint8 `(3, h, w)`, in place of ids.
         """
         return {}

@@ -36,12 +36,16 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `points` are epoch and value (`None` leaves a gap), `label` stands at its end."""
+    """One curve: `points` are epoch and value (`None` leaves a gap), `label` stands at its end.
+
+    `dots` marks every point.
+    """
 
     label: str
     role: str
     points: Sequence[tuple[float, float | None]]
     dashed: bool = False
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def line_chart(
         for run in runs:
             path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in run)
             parts.append(f'<path class="curve {line.role}{dashed}" d="M{path}"/>')
-            if len(run) == 1:
-                parts.append(_shape(line.role, x_at(run[0][0]), y_at(run[0][1]), 3.5))
+            if len(run) == 1 or line.dots:
+                parts += [_shape(line.role, x_at(x), y_at(y), 3.5) for x, y in run]
         if len(curves) == 1:
             parts.append(_shape(line.role, x_at(runs[-1][-1][0]), y_at(runs[-1][-1][1]), 3.5))
     spread = _spread([y_at(y) for (_, y), _, _ in ends], top, bottom)

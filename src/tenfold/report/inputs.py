@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tenfold.errors import UserError
+from tenfold.nn.budget import CellTable
+from tenfold.report.cells import read_cell_table
 from tenfold.report.fields import Fields, short
 from tenfold.report.records import Record, read_record
 
@@ -137,6 +139,7 @@ class Run:
     epochs: float | None
     version: str | None
     unit: str = "image"  # or clip: what the network takes
+    cells: CellTable | None = None  # of a network with many budgets
 
 
 def read_run(folder: Path) -> Run:
@@ -175,6 +178,7 @@ def read_run(folder: Path) -> Run:
         epochs=about.number("epochs") if about else None,
         version=about.text("tenfold") if about else None,
         unit=(about.fields("evaluation").text("unit") if about else None) or "image",
+        cells=_read(folder / "model" / "cells.json", read_cell_table),
     )
 
 

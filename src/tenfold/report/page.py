@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tenfold.errors import UserError
 from tenfold.report import figures, headline, numbers, tables
+from tenfold.report.cells import cell_charts, cell_views
 from tenfold.report.inputs import Bench, Run, read_run
 from tenfold.report.records import record_charts
 
@@ -80,6 +81,8 @@ def render(run: Run) -> str:
         curve_key=figures.curve_key(run),
         baseline_note=_baseline_note(run),
         schedule_charts=figures.schedule_charts(run),
+        cell_charts=cell_charts(run.cells) if run.cells else [],
+        cell_rows=cell_views(run.cells) if run.cells else [],
         records=list(zip(run.records, record_charts(run.records), strict=True)),
         layer_rows=tables.layer_rows(layers) if layers else [],
         layer_macs=_total([layer.macs for layer in layers or ()]),

@@ -26,10 +26,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureGroup:
-    """Pictures under one title."""
+    """Pictures under one title; wide ones have details, and get more room."""
 
     title: str
     items: tuple[Picture, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ def read_record(found: Fields) -> Record:
         method=found.name("method"),
         facts=tuple(facts),
         charts=found.items("charts", _chart),
-        images=found.items(
-            "images",
-            lambda group: PictureGroup(group.name("title"), group.items("items", _picture)),
-        ),
+        images=found.items("images", _pictures),
     )
 
 
@@ -98,6 +96,11 @@ def _points(found: Fields) -> tuple[tuple[float, float], ...]:
             raise found.error("points", pair, "pairs of numbers")
         points.append((float(pair[0]), float(pair[1])))
     return tuple(points)
+
+
+def _pictures(found: Fields) -> PictureGroup:
+    wide = bool(found.data.get("wide"))
+    return PictureGroup(found.name("title"), found.items("items", _picture), wide)
 
 
 def _picture(found: Fields) -> Picture:

@@ -17,7 +17,7 @@ from tenfold.data.randomness import mix_one
 from tenfold.errors import UserError
 from tenfold.methods import Method, Mixing
 from tenfold.tasks.callback import begin_epoch
-from tenfold.tasks.optimization import make_optimizer, make_schedule
+from tenfold.tasks.optimization import make_optimizer, make_schedule, spared_of
 from tenfold.tasks.recipe import Train
 
 __all__ = [
@@ -116,6 +116,10 @@ class Classification(pl.LightningModule):
             )
         replacing = next((method for method in self.methods if method.replaces_loss), None)
         if replacing is not None:
+            if self._mix is not None and replacing.takes_mixed_labels:
+                key = _key(batch)
+                image, label = self._mix(batch[key], label)
+                batch |= {key: image, "label": label}
             loss = replacing.training_loss(self.model, batch, self.criterion)
         else:
             image = inputs_of(batch)
@@ -185,7 +189,11 @@ class Classification(pl.LightningModule):
             parameters = [p for p in parameters if id(p) in mine]
         recipe = self.recipe
         optimizer = make_optimizer(
-            recipe.optimizer, parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
+            recipe.optimizer,
+            parameters,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            spared=spared_of(self.model),
         )
         schedule = make_schedule(
             recipe.schedule,

@@ -16,7 +16,7 @@ from tenfold.data import LabelledData, create
 from tenfold.errors import UserError
 from tenfold.tasks.loading import model_of, open_artifact
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "data_of", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _opened(
     if isinstance(model, nn.Module):
         if data is None:
             raise UserError("evaluate needs data for a module: pass its name, such as 'digits'")
-        images = _data(data)
+        images = data_of(data)
         yield from _module(model, images, to)
         return
     path = Path(model)
@@ -96,10 +96,10 @@ def _opened(
         if to not in (None, wanted):
             raise UserError(f"{path} is an {wanted} file: leave --to away")
         runtime, runner = _runner(path)
-        yield runtime, runner, _data(data, runner.metadata, path)
+        yield runtime, runner, data_of(data, runner.metadata, path)
         return
     run, found = open_artifact(path)
-    images = _data(data, {"recipe": found.recipe}, path)
+    images = data_of(data, {"recipe": found.recipe}, path)
     exported = run.export / {"onnx": "model.onnx", "openvino": "model.xml"}.get(to or "", "-")
     if exported.is_file():
         runtime, runner = _runner(exported)
@@ -150,11 +150,16 @@ def _runner(path: Path) -> tuple[str, Any]:
     return "onnxruntime", OnnxModel(path)
 
 
-def _data(
+def data_of(
     data: LabelledData | str | dict[str, Any] | None,
     known: dict[str, Any] | None = None,
     path: Path | None = None,
 ) -> LabelledData:
+    """Return a data set, or the one that a run's recipe names.
+
+    Raises:
+        UserError: none is named.
+    """
     if isinstance(data, LabelledData):
         return data
     if data is None:

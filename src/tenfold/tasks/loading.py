@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tenfold.data import LabelledData, create
+from tenfold.data.preprocessing import Preprocessing
 from tenfold.deploy import artifact
 from tenfold.errors import UserError
 from tenfold.imports import is_object_name
+from tenfold.methods import Method
 from tenfold.nn import models
+from tenfold.nn.models import Network
 from tenfold.tasks.folder import RunFolder
 from tenfold.tasks.recipe import Recipe
 
-__all__ = ["finished_run", "fresh_network", "model_of", "open_artifact"]
+__all__ = [
+    "example_of",
+    "finished_run",
+    "fresh_network",
+    "metadata_of",
+    "model_of",
+    "open_artifact",
+    "wrapped",
+]
 
 
 def finished_run(path: str | Path) -> RunFolder:
@@ -58,7 +72,34 @@ def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
             f"{found.path} holds a network of your own code: in Python, load it by "
             "tenfold.load(path, model=…) and use tenfold.evaluate, export and bench on it"
         )
-    return found.model(fresh_network(recipe, create(recipe.data)))
+    plain = fresh_network(recipe, create(recipe.data))
+    return found.model(wrapped(plain, Network(None), recipe.make_methods(), recipe)[0])
+
+
+def wrapped(
+    model: nn.Module,
+    network: Network,
+    methods: Sequence[Method],
+    recipe: Recipe,
+    fresh: bool = True,
+) -> tuple[nn.Module, Network]:
+    """Return the network that methods train in place of the recipe's own.
+
+    Args:
+        model: as the recipe names it.
+        network: how it was built.
+        methods: some may wrap it.
+        recipe: of the run; its seed is that of fresh weights.
+        fresh: whether the network has fresh weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        for method in methods:
+            try:
+                model, network = method.wrap(model, network, fresh)
+            except UserError as error:
+                raise UserError(f"methods.{method.key()}: {error}") from error
+    return model, network
 
 
 def fresh_network(recipe: Recipe, data: LabelledData) -> nn.Module:
@@ -71,3 +112,24 @@ def fresh_network(recipe: Recipe, data: LabelledData) -> nn.Module:
         frames=data.frames,
         options=recipe.model_options,
     )[0]
+
+
+def example_of(found: artifact.Artifact) -> Tensor:
+    """Return one input of zeros, of the size that the artifact names."""
+    facts = found.preprocessing or {}
+    if not isinstance(facts.get("size"), list):
+        raise UserError(
+            f"{found.path} doesn't say the size of its input: use the verb in Python, with "
+            "example_inputs"
+        )
+    return torch.zeros(1, *Preprocessing.from_dict(facts).shape)
+
+
+def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
+    """Return what an exported file tells about itself."""
+    recipe = found.recipe or {}
+    return {
+        "classes": found.classes,
+        "preprocessing": found.preprocessing,
+        "recipe": {"data": recipe.get("data")},
+    }

@@ -17,7 +17,7 @@ from tenfold.methods import Method
 if TYPE_CHECKING:
     from tenfold.tasks.recipe import Train
 
-__all__ = ["SCHEDULES", "epoch_sizes", "make_optimizer", "make_schedule"]
+__all__ = ["SCHEDULES", "epoch_sizes", "make_optimizer", "make_schedule", "spared_of"]
 
 _TORCH: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -32,6 +32,7 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter],
     lr: float | None = None,
     weight_decay: float | None = None,
+    spared: Iterable[nn.Parameter] = (),
 ) -> Optimizer:
     """Build an optimizer by name.
 
@@ -42,6 +43,7 @@ def make_optimizer(
         parameters: what to train.
         lr: peak learning rate; 0.1 for sgd, 0.001 for others.
         weight_decay: 0.0001 for sgd, 0.05 for others.
+        spared: further parameters that don't decay, see `spared_of`.
 
     Raises:
         UserError: an unknown name, or options that it refuses.
@@ -52,9 +54,11 @@ def make_optimizer(
     lr = (0.1 if sgd else 1e-3) if lr is None else lr
     decay = (1e-4 if sgd else 0.05) if weight_decay is None else weight_decay
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    left = {id(parameter) for parameter in spared}
+    decaying = {id(p) for p in trained if p.ndim >= 2 and id(p) not in left}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in decaying], "weight_decay": decay},
+        {"params": [p for p in trained if id(p) not in decaying], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -80,6 +84,16 @@ def make_optimizer(
             raise
         raise UserError(f"train.optimizer {name}: {error}") from error
     return made
+
+
+def spared_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a network asks weight decay to leave alone.
+
+    As timm's do by `no_weight_decay()`: tokens and position tables of vision transformers.
+    """
+    ask = getattr(model, "no_weight_decay", None)
+    names = set(ask()) if callable(ask) else set()
+    return [parameter for name, parameter in model.named_parameters() if name in names]
 
 
 def make_schedule(

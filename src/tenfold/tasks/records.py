@@ -33,6 +33,12 @@ def write_records(methods: Sequence[Method], data: LabelledData, folder: RunFold
 
 
 def _pictures(group: dict[str, Any], data: ImageData) -> dict[str, Any]:
+    if "pictures" in group:
+        items = [
+            {"png": png(image), "caption": note}
+            for image, note in zip(group["pictures"], group["notes"], strict=True)
+        ]
+        return {"title": group["title"], "items": items, "wide": True}
     ids = torch.tensor(group["ids"], dtype=torch.int64)
     images, labels = data.train_images(ids), data.train.labels()[ids].tolist()
     items = [
@@ -45,6 +51,15 @@ def _pictures(group: dict[str, Any], data: ImageData) -> dict[str, Any]:
         )
     ]
     return {"title": group["title"], "items": items}
+
+
+def png(image: Tensor) -> str:
+    """Return a uint8 picture `(3, h, w)` as a PNG in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def picture(image: Tensor) -> str:

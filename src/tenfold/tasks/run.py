@@ -31,7 +31,9 @@ from tenfold.errors import UserError, unknown_name
 from tenfold.measure import count_cost
 from tenfold.methods import LayerPlan
 from tenfold.methods.schedule import Schedule
+from tenfold.nn.supervit import SuperViT
 from tenfold.tasks.callback import MethodCallback
+from tenfold.tasks.cells import evaluate_cells
 from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
 from tenfold.tasks.classification import Classification, ImageDataModule, in_channels_last
 from tenfold.tasks.evaluation import Evaluation, evaluate
@@ -291,6 +293,8 @@ def _finish(
 ) -> Run:
     recipe, data = experiment.recipe, experiment.data
     evaluation = evaluate(model, data)
+    if isinstance(model, SuperViT):
+        evaluate_cells(model, data)  # the artifact keeps the table
     described = {
         "network": experiment.network,
         "preprocessing": data.preprocessing(),

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from tenfold.data import ImageData, LabelledData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
+from tenfold.measure.cells import cell_lines
 from tenfold.methods import LayerPlan, Method, TrainingSet
 from tenfold.methods.schedule import Schedule
 from tenfold.nn import models
 from tenfold.nn.models import Network
+from tenfold.nn.supervit import SuperViT
 from tenfold.tasks.classification import mixing_of
+from tenfold.tasks.loading import wrapped
 from tenfold.tasks.optimization import epoch_sizes, make_optimizer
 from tenfold.tasks.other_networks import OtherNetwork, open_network
 from tenfold.tasks.recipe import Recipe, load_recipe
@@ -83,7 +86,8 @@ class Plan:
                     layer["type"],
                     "x".join(str(length) for length in layer["shape"]),
                     f"{layer['macs'] / 1e6:.2f} M",
-                    layer["treatment"] or f"dense: {layer['reason']}",
+                    layer["treatment"]
+                    or (f"dense: {layer['reason']}" if layer["reason"] else "dense"),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -151,7 +155,12 @@ def set_up(
                 frames=data.frames,
                 options=checked.model_options,
             )
-    fresh = initialize(model, network, checked.init) if checked.init else []
+    # A library's weights are those of the plain network; others may be of what is made of it.
+    pretrained = checked.init == "pretrained"
+    fresh = initialize(model, network, "pretrained") if pretrained else []
+    model, network = wrapped(model, network, methods, checked, fresh=not pretrained)
+    if checked.init and not pretrained:
+        fresh = initialize(model, network, checked.init)
     experiment = Experiment(checked, data, model, network, methods, fresh)
     _try_forward(experiment)
     _prepare(experiment)
@@ -192,6 +201,8 @@ def make_plan(experiment: Experiment) -> Plan:
     for skipped in experiment.data.skipped[:3]:
         notes.append(f"data        left out: {skipped}")
     notes += [f"{other.key:<12}{other.role}: {other.origin}" for other in experiment.others]
+    if isinstance(experiment.model, SuperViT):
+        notes += ["", "one network, many budgets:", *cell_lines(experiment.model.table.rows)]
     if not experiment.methods:
         notes.append("methods     none: the network stays dense")
     return Plan(rows, cost.macs, cost.macs - saved, cost.parameters, cost.parameters - gone, notes)
@@ -302,6 +313,7 @@ def training_set(data: LabelledData, augment: str = "auto") -> TrainingSet:
         stored=None if data.crops_stored_images(augment) else data.train_images,
         views=data.train_views(augment),
         augment=augment,
+        scale=(data.mean, data.std),
     )
 
 
@@ -316,9 +328,16 @@ def _try_the_rest(experiment: Experiment) -> None:
                 "weights: give init, such as a run or pretrained",
                 stacklevel=2,
             )
-    if any(method.replaces_loss for method in methods) and (train.mixup or train.cutmix):
-        replacing = next(method.key() for method in methods if method.replaces_loss)
-        raise UserError(f"{replacing} replaces the batch's loss: set train.mixup and cutmix to 0")
+    for method in methods:
+        if method.replaces_loss and not method.takes_mixed_labels and (train.mixup or train.cutmix):
+            raise UserError(
+                f"{method.key()} replaces the batch's loss: set train.mixup and cutmix to 0"
+            )
+        if method.makes_targets and train.label_smoothing:
+            raise UserError(
+                f"{method.key()} smooths labels itself: leave train.label_smoothing out, and set "
+                f"methods.{method.key()}.label_smoothing"
+            )
     make_optimizer(
         train.optimizer, experiment.model.parameters(), lr=train.lr, weight_decay=train.weight_decay
     )

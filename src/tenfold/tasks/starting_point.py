@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ def initialize(model: nn.Module, network: Network, init: str) -> list[str]:
     if init == "pretrained":
         return load_pretrained(model, network)
     state = _read(Path(init))
+    adapt: Any = getattr(model, "adapt_state_dict", None)  # SuperViT's tables of positions
+    if adapt is not None:
+        state = adapt(state)
     own = model.state_dict()
     fitting = {
         key: value for key, value in state.items() if key in own and own[key].shape == value.shape

@@ -11,13 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.data import create, load_clip, load_image, normalize
-from tenfold.data.preprocessing import Preprocessing
 from tenfold.deploy import artifact
 from tenfold.deploy.onnx import ExportResult, export
 from tenfold.errors import UserError
-from tenfold.measure import BenchResult, bench
+from tenfold.measure import BenchResult, bench, measure_cells
+from tenfold.measure.cells import write_cells
+from tenfold.nn.supervit import SuperViT
+from tenfold.tasks.cells import cell_at
 from tenfold.tasks.folder import RunFolder, write_json
-from tenfold.tasks.loading import finished_run, fresh_network, model_of, open_artifact
+from tenfold.tasks.loading import (
+    example_of,
+    finished_run,
+    fresh_network,
+    metadata_of,
+    model_of,
+    open_artifact,
+)
 
 __all__ = ["Prediction", "bench_run", "export_run", "predict"]
 
@@ -105,6 +114,14 @@ def bench_run(
         label = f"{label} ({recipe.name})"
     compared[label] = model
     _note(run, label, accuracy, packed, onnx)
+    if isinstance(model, SuperViT):
+        # With all tokens it costs what the plain network does; here is what it can save at once.
+        size, rate = model.sizes[-1], model.keep_rates[0]
+        pruned = f"{label}, {rate:g} kept"
+        compared[pruned] = model.cell(size, rate)
+        known = [row for row in model.table.rows if (row.size, row.keep_rate) == (size, rate)]
+        if known[0].accuracy is not None:
+            accuracy[pruned] = known[0].accuracy
     result = bench(
         compared,
         example_of(found),
@@ -122,11 +139,25 @@ def bench_run(
         run.path / "bench.json",
         {**result.to_dict(), "baseline": None if before is None else str(before)},
     )
+    if isinstance(model, SuperViT):
+        measure_cells(
+            model,
+            example_of(found),
+            batch=max(batch_sizes),
+            threads=threads,
+            seconds=seconds * len(model.cells) / 2,
+        )
+        write_cells(run.model, model.table)
     return result
 
 
 def predict(
-    path: str | Path, files: Sequence[str | Path], *, top: int = 3, model: nn.Module | None = None
+    path: str | Path,
+    files: Sequence[str | Path],
+    *,
+    top: int = 3,
+    model: nn.Module | None = None,
+    budget: str | None = None,
 ) -> list[Prediction]:
     """Classify image files; or clips, where the network was trained on clips.
 
@@ -136,9 +167,11 @@ def predict(
             folders of frames, of which the middle is taken.
         top: classes to name.
         model: a fresh network, where the artifact names none.
+        budget: of a SuperViT: `5ms`, `1.2gmacs` or `300img/s`; its most accurate cell within that.
 
     Raises:
-        UserError: no artifact, or a file that can't be read; the file is named.
+        UserError: no artifact, a budget below the cheapest cell, or a file that can't be read; the
+            file is named.
     """
     if not files:
         raise UserError("predict needs at least one file")
@@ -148,6 +181,8 @@ def predict(
             f"{found.path} doesn't say how its input is prepared: save it with preprocessing=…"
         )
     network = found.model(model) if model is not None else model_of(folder, found)
+    if budget is not None:
+        network = cell_at(network, budget)
     results = []
     read = load_image if found.preprocessing.get("frames") is None else load_clip
     for file in files:
@@ -160,27 +195,6 @@ def predict(
             Prediction(str(file), [names[i] for i in best.indices.tolist()], best.values.tolist())
         )
     return results
-
-
-def example_of(found: artifact.Artifact) -> Tensor:
-    """Return one input of zeros, of the size that the artifact names."""
-    facts = found.preprocessing or {}
-    if not isinstance(facts.get("size"), list):
-        raise UserError(
-            f"{found.path} doesn't say the size of its input: use the verb in Python, with "
-            "example_inputs"
-        )
-    return torch.zeros(1, *Preprocessing.from_dict(facts).shape)
-
-
-def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
-    """Return what an exported file tells about itself."""
-    recipe = found.recipe or {}
-    return {
-        "classes": found.classes,
-        "preprocessing": found.preprocessing,
-        "recipe": {"data": recipe.get("data")},
-    }
 
 
 def _note(
