@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import supervit_tables
 import training_tables
+import vit_tables
 import winograd_tables
 from published import RESULTS, ROOT, load, markdown, origin, percent, points
 
@@ -285,10 +287,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "kcd_accuracy": training_tables.kcd_accuracy,
     "kcd_accuracy_gpu": training_tables.kcd_accuracy_gpu,
     "kcd_time": training_tables.kcd_time,
+    "smmix_time": vit_tables.smmix_time,
+    "smmix_mixing": vit_tables.smmix_mixing,
+    "smmix_accuracy": vit_tables.smmix_accuracy,
+    "smmix_accuracy_gpu": vit_tables.smmix_accuracy_gpu,
     "nm_engine": nm_engine,
     "nm_layers": nm_layers,
     "nm_costs": nm_costs,
     "nm_profile": nm_profile,
+    "supervit_speed": supervit_tables.speed,
+    "supervit_engines": supervit_tables.engines,
+    "supervit_training": supervit_tables.training,
+    "supervit_sparse": supervit_tables.sparse,
+    "supervit_accuracy": supervit_tables.accuracy,
+    "supervit_accuracy_gpu": supervit_tables.accuracy_gpu,
     "winograd3d_speed": winograd_tables.speed,
     "winograd3d_layers": winograd_tables.layers,
     "winograd3d_errors": winograd_tables.errors,
