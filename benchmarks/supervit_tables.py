@@ -32,9 +32,9 @@ def speed() -> str:
     header += ["of the MACs' ratio", "direct wrapper", "of the MACs' ratio"]
     furthest = max(abs(row["counted"] / row["macs"] - 1) for row in part["rows"])
     note = (
-        f"Batch {part['batch']}, PyTorch, {part['rounds']} interleaved rounds; deit_small takes "
-        f"{part['plain_ms'] / part['batch']:.1f} ms an image. PyTorch's counter differs from the "
-        f"formula by at most {100 * furthest:.3f} %: it adds the class token's row."
+        f"Batch {part['batch']}, PyTorch, at least {part['rounds']} interleaved rounds a cell; "
+        f"deit_small takes {part['plain_ms'] / part['batch']:.1f} ms an image. PyTorch's counter "
+        f"differs from the formula by at most {100 * furthest:.3f} %: it adds the class token's row."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 

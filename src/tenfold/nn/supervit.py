@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tenfold.errors import UserError
+from tenfold.kernels.attention import attention
 from tenfold.nn.budget import CellTable
 from tenfold.nn.supervit_grid import (
     DEFAULT_DROP_BLOCKS,
@@ -194,27 +195,27 @@ class SuperViT(nn.Module):
         counts = [self.token_counts(size, rate) for rate in rates]  # checks size and rates
         x = self._embed(images, size, box)
         first = self.drop_blocks[0]
-        for block in self.blocks[:first]:
-            x = block(x)
+        for index in range(first):
+            x = self._feed(index, self._mix(index, x)[0])
         if all(rate == 1 for rate in rates):
             x = self._rest(x, first, counts[0])
             return [x for _ in rates]
         x, scores = self._attend(first, x)
         found = []
         for tokens in counts:
-            y = self._feed(self.blocks[first], _keep(x, scores, *tokens[first]))
+            y = self._feed(first, _keep(x, scores, *tokens[first]))
             found.append(self._rest(y, first + 1, tokens))
         return found
 
     def _rest(self, x: Tensor, start: int, counts: Sequence[tuple[int, int]]) -> Tensor:
         for index in range(start, len(self.blocks)):
-            block: Any = self.blocks[index]
             before, after = counts[index]
             if before == after:
-                x = block(x)
+                x = self._mix(index, x)[0]
             else:
                 x, scores = self._attend(index, x)
-                x = self._feed(block, _keep(x, scores, before, after))
+                x = _keep(x, scores, before, after)
+            x = self._feed(index, x)
         return x
 
     def _embed(self, images: Tensor, size: int, box: Box | None) -> Tensor:
@@ -232,20 +233,31 @@ class SuperViT(nn.Module):
 
     def _attend(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run a block's attention; return the tokens, and each patch's score `(B, N - 1)`."""
+        x, q, k = self._mix(index, x)
+        block: Any = self.blocks[index]
+        # Of the map of attention one row is needed; what is kept is chosen, not learned.
+        row = (q[:, :, :1].detach() * block.attn.scale) @ k.detach().transpose(-2, -1)
+        return x, _finite(row.float().softmax(dim=-1).mean(dim=(1, 2))[:, 1:], index)
+
+    def _mix(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a block's attention; return the tokens, queries and keys."""
         block: Any = self.blocks[index]
         attn, u = block.attn, block.norm1(x)
         q, k, v = attn.qkv(u).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
         dropout = attn.attn_drop.p if self.training else 0.0
-        y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+        if dropout or isinstance(q, fx.Proxy) or torch.compiler.is_compiling():
+            y = functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=attn.scale
+            )
+        else:  # a kernel of ours where there is one and no gradient is wanted, else the same
+            y = attention(q, k, v, attn.scale)
         y = attn.proj_drop(attn.proj(attn.norm(y.transpose(1, 2).flatten(2))))
-        x = x + block.drop_path1(block.ls1(y))
-        # Of the map of attention one row is needed; what is kept is chosen, not learned.
-        row = (q[:, :, :1].detach() * attn.scale) @ k.detach().transpose(-2, -1)
-        return x, _finite(row.float().softmax(dim=-1).mean(dim=(1, 2))[:, 1:], index)
+        return x + block.drop_path1(block.ls1(y)), q, k
 
-    @staticmethod
-    def _feed(block: Any, x: Tensor) -> Tensor:
+    def _feed(self, index: int, x: Tensor) -> Tensor:
+        """Run a block's MLP."""
+        block: Any = self.blocks[index]
         found: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return found
 
