@@ -34,7 +34,7 @@ def speed() -> str:
     note = (
         f"Batch {part['batch']}, PyTorch, at least {part['rounds']} interleaved rounds a cell; "
         f"deit_small takes {part['plain_ms'] / part['batch']:.1f} ms an image. PyTorch's counter "
-        f"differs from the formula by at most {100 * furthest:.3f} %: it adds the class token's row."
+        f"differs from the formula by at most {100 * furthest:.3f} %, the class token's row."
     )
     return f"{markdown(header, rows)}\n\n{note}\n\n{origin(found)}"
 
