@@ -40,12 +40,14 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.lts import quantize_input as quantize_input
     from tenfold.methods.lts import quantize_weight as quantize_weight
     from tenfold.methods.smmix import SMMix as SMMix
+    from tenfold.methods.smmix import Windows as Windows
     from tenfold.methods.smmix import extreme_windows as extreme_windows
     from tenfold.methods.smmix import paste_windows as paste_windows
     from tenfold.methods.smmix import region_means as region_means
     from tenfold.methods.smmix import smmix_loss as smmix_loss
     from tenfold.methods.smmix import smooth_labels as smooth_labels
     from tenfold.methods.smmix import window_mask as window_mask
+    from tenfold.methods.supervit import Box as Box
     from tenfold.methods.supervit import SuperViT as SuperViT
     from tenfold.methods.supervit import SuperViTCell as SuperViTCell
     from tenfold.methods.supervit import SuperViTTraining as SuperViTTraining
