@@ -186,7 +186,7 @@ def test_a_shared_trunk_changes_nothing(kind):
 def test_a_shared_trunk_is_computed_once():
     calls = []
     training, model = attached()
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(0))
+    model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(0))
     training.loss(model, pictures(), LABELS)
     assert len(calls) == 2
     training, model = attached(model, share_trunk=False)
