@@ -16,6 +16,7 @@ from tenfold.deploy import artifact
 from tenfold.deploy.fold import fold_batch_norm
 from tenfold.errors import UserError
 from tenfold.measure import OnnxModel, OpenVinoModel, count_cost
+from tenfold.measure.cpu import instruction_sets
 from tenfold.measure.onnx_write import write_onnx
 from tenfold.methods import LBC, LTS
 from tenfold.nn import models
@@ -239,7 +240,9 @@ def test_exported_models_compute_the_same(fields, tmp_path):
     size = float(expected.abs().max())
     for runner in (OnnxModel(exported.path), OpenVinoModel(exported.path)):
         difference = (runner(images) - expected).abs().amax(dim=1) / size
-        assert float((difference > 1e-4).float().mean()) < 0.02
+        if any("vnni" in name for name in instruction_sets()):
+            # Without such instructions engines add int8 products up in 16 bits, which saturate.
+            assert float((difference > 1e-4).float().mean()) < 0.02
         assert float(difference.max()) < 0.1
 
 
