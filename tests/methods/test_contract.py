@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 from tenfold.errors import StateError, UserError
 from tenfold.methods import Kind, Method, find, in_order, registry
 from tenfold.methods.schedule import Schedule
+from tenfold.nn.discriminators import PatchDiscriminator
+from tenfold.nn.generators import MobileResNetGenerator
 from tests import nets
 from tests.made_up import Focal, Gain, Hermit, OtherLoss
 
@@ -21,6 +23,8 @@ pytestmark = pytest.mark.unit
 
 # How to make each registered method; a new one fails `test_every_method_has_a_sample` until added.
 SAMPLES = {
+    "crd": {"weight": 5.0},
+    "dcd": {"weight": 0.5},
     "lbc": {"n": 2, "m": 4},
     "lts": {"bits": 4},
     "kcd": {
@@ -28,6 +32,7 @@ SAMPLES = {
         "stages": 2,
         "augment_max": 0.0,
     },
+    "omgd": {"channel": 100.0},
     "smmix": {"token_head": "own"},
     "supervit": {"sizes": [4, 8], "drop_blocks": [1]},
     "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4},
@@ -35,6 +40,11 @@ SAMPLES = {
 # What `attach` takes in place of a number of steps.
 ATTACHED = {
     "kcd": {"dataset": TensorDataset(torch.randn(24, 8), torch.arange(24) % 4), "epochs": 2},
+}
+# Methods that ask for other networks ahead of `attach`.
+GIVEN = {
+    "dcd": {"teacher": lambda: generator(4), "discriminator": lambda: PatchDiscriminator(3, 4)},
+    "omgd": {"teacher": lambda: generator(4)},
 }
 # Methods whose result no plain layer can hold: they leave layers of tenfold.nn behind.
 INFERENCE_LAYERS = {
@@ -61,15 +71,29 @@ def volumes() -> nn.Sequential:
     )
 
 
+def generator(ngf: int = 2) -> nn.Module:
+    """For methods that translate images."""
+    torch.manual_seed(0)
+    return MobileResNetGenerator(ngf, blocks=1)
+
+
 NETWORKS = {
+    "crd": generator,
+    "dcd": generator,
+    "omgd": generator,
     "smmix": lambda: nets.vit(4),
     "supervit": lambda: nets.supervit(4),
     "winograd3d": volumes,
 }
 
 
-def network_for(key: str) -> nn.Sequential:
+def network_for(key: str) -> nn.Module:
     return NETWORKS.get(key, network)()
+
+
+def give_networks(key: str, method: Method) -> None:
+    for role, build in GIVEN.get(key, {}).items():
+        method.use_network(role, build())
 
 
 def step(model, optimizer, seed=0):
@@ -147,9 +171,35 @@ class TestEveryMethod:
 
     def test_state_survives_weights_only_loading(self, key, tmp_path):
         method = self.make(key)
+        give_networks(key, method)
         method.attach(network_for(key), **ATTACHED.get(key, {"total_steps": 6}))
         torch.save(method.state_dict(), tmp_path / "state")
         method.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+
+    def test_a_loss_leaves_the_network_as_it_was(self, key):
+        method = self.make(key)
+        if method.kind is not Kind.LOSS or "translation" not in method.tasks:
+            pytest.skip("classifiers' losses have their own loops, and tests of them")
+        give_networks(key, method)
+        model = network_for(key)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        types = [type(module) for module in model.modules()]
+        x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+        expected = model(x)
+        assert method.attach(model, total_steps=2) is model
+        torch.testing.assert_close(model(x), expected)
+        optimizer = torch.optim.SGD(method.parameters_for(model), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            method.step()
+        trained = model(x)
+        assert method.finalize(model) is model
+        torch.testing.assert_close(model(x), trained)
+        assert not torch.equal(trained, expected)
+        assert [type(module) for module in model.modules()] == types
+        assert list(model.state_dict()) == list(before)
 
     def test_is_described_for_people(self, key):
         method = type(self.make(key))
@@ -353,6 +403,10 @@ def test_nonsense_is_refused(methods, text):
 def test_another_task_is_refused():
     with pytest.raises(UserError, match="gain doesn't serve the task 'translation'"):
         in_order([Gain()], "translation")
+    dcd = find("dcd")()
+    with pytest.raises(UserError, match="dcd doesn't serve the task 'classification': it serves t"):
+        in_order([dcd], "classification")
+    assert in_order([dcd, find("omgd")()], "translation")[0] is dcd
 
 
 def test_find():

@@ -1,5 +1,7 @@
 """Labelled images and clips to train on and to evaluate on, from `create("digits")` and the like.
 
+Images of two domains, to translate one into the other, come from `create_translation`.
+
 Everything random about a batch is a pure function of (seed, epoch, id): the order of an epoch and
 each sample's augmentation are the same with any number of workers, and after a resume.
 """
@@ -11,10 +13,11 @@ from tenfold.data.labelled import LabelledData
 from tenfold.data.load import load_clip
 from tenfold.data.options import DataOptions
 from tenfold.data.preprocessing import load_image, normalize
-from tenfold.data.registry import create, names
+from tenfold.data.registry import create, create_translation, names
 from tenfold.data.sampler import EpochSampler
 from tenfold.data.stream import ImageStream, StreamSplit
 from tenfold.data.transforms import augmentations
+from tenfold.data.translation import TranslationData, translation_augmentations
 
 __all__ = [
     "ArrayClips",
@@ -28,10 +31,13 @@ __all__ = [
     "ImageStream",
     "LabelledData",
     "StreamSplit",
+    "TranslationData",
     "augmentations",
     "create",
+    "create_translation",
     "load_clip",
     "load_image",
     "names",
     "normalize",
+    "translation_augmentations",
 ]

@@ -9,12 +9,17 @@ from pathlib import Path
 
 from tenfold.errors import UserError, unknown_name
 
-__all__ = ["DataOptions"]
+__all__ = ["DIRECTIONS", "REFERENCES", "DataOptions"]
+
+DIRECTIONS = ("AtoB", "BtoA")
+REFERENCES = ("train+test", "test")
 
 _TEXTS = ("config", "train_split", "test_split", "image_column", "label_column")
 _STREAMING = ("samples", "buffer")
 _CLIPS = ("frames", "stride", "train_clips", "test_clips")
 _FILES = ("frames", "video", "clips_npz")
+_TRANSLATION = ("pairs", "unpaired", "edges2photo")
+_CHOICES = {"direction": DIRECTIONS, "reference": REFERENCES}
 
 # The options that only some data sets have, with those sets.
 _ONLY = {
@@ -22,6 +27,8 @@ _ONLY = {
     "frames": (*_FILES, "motions"),
     "stride": _FILES,
     **dict.fromkeys(("train_clips", "test_clips", "seed"), ("motions",)),
+    **dict.fromkeys(("load_size", "direction"), _TRANSLATION),
+    "reference": ("unpaired",),
 }
 
 
@@ -52,6 +59,11 @@ class DataOptions:
         train_clips: motions: how many to train on; None: 4,000.
         test_clips: motions: how many are held out; None: 1,000.
         seed: motions: another seed gives other clips; None: 0. It is not the run's.
+        load_size: translation: (H, W) of training images ahead of the random crop, or one number
+            for both; None: 286/256 of the size.
+        direction: translation: AtoB, or BtoA to learn the other way; None: AtoB.
+        reference: unpaired: the real images that an FID compares with, train+test or test; None:
+            train+test.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -79,12 +91,15 @@ class DataOptions:
     train_clips: int | None = None
     test_clips: int | None = None
     seed: int | None = None
+    load_size: tuple[int, int] | None = None
+    direction: str | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         checked = {
             "name": _name(self.name),
             "path": _path(self.path),
-            "size": _size(self.size),
+            "size": _size("size", self.size),
             "skip_bad": _truth("skip_bad", self.skip_bad),
             "workers": _whole("workers", self.workers, 0),
             "limit": _whole("limit", self.limit, 1),
@@ -97,6 +112,8 @@ class DataOptions:
             "buffer": _whole("buffer", self.buffer, 1),
             **{name: _whole(name, getattr(self, name), 1) for name in _CLIPS},
             "seed": _whole("seed", self.seed, 0),
+            "load_size": _size("load_size", self.load_size),
+            **{name: _choice(name, getattr(self, name)) for name in _CHOICES},
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -200,13 +217,19 @@ def _whole(name: str, value: object, least: int) -> int | None:
     return value
 
 
-def _size(value: object) -> tuple[int, int] | None:
+def _choice(name: str, value: object) -> str | None:
+    if value is not None and (not isinstance(value, str) or value not in _CHOICES[name]):
+        raise _wrong(name, value, " or ".join(_CHOICES[name]))
+    return value
+
+
+def _size(name: str, value: object) -> tuple[int, int] | None:
     if value is None:
         return None
     sides = list(value) if isinstance(value, list | tuple) else [value, value]
     whole = [s for s in sides if isinstance(s, int) and not isinstance(s, bool) and s >= 1]
     if len(whole) != 2 or len(sides) != 2:
-        raise _wrong("size", value, "pixels, one whole number or [H, W], at least 1")
+        raise _wrong(name, value, "pixels, one whole number or [H, W], at least 1")
     return whole[0], whole[1]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from tenfold.data.cifar import cifar10, cifar100
 from tenfold.data.clips_npz import clips_npz
 from tenfold.data.digits import digits
+from tenfold.data.edges2photo import edges2photo
 from tenfold.data.folder import imagefolder
 from tenfold.data.frames import frames
 from tenfold.data.huggingface import huggingface
@@ -14,10 +15,12 @@ from tenfold.data.labelled import LabelledData
 from tenfold.data.motions import motions
 from tenfold.data.npz import npz
 from tenfold.data.options import DataOptions
+from tenfold.data.translation import TranslationData
+from tenfold.data.translation_folders import pairs, unpaired
 from tenfold.data.video import video
-from tenfold.errors import unknown_name
+from tenfold.errors import UserError, unknown_name
 
-__all__ = ["create", "names"]
+__all__ = ["create", "create_translation", "names"]
 
 _SETS: dict[str, tuple[str, Callable[[DataOptions], LabelledData]]] = {
     "digits": ("1,797 handwritten digits, 8x8, 10 classes; comes with scikit-learn", digits),
@@ -32,20 +35,37 @@ _SETS: dict[str, tuple[str, Callable[[DataOptions], LabelledData]]] = {
     "motions": ("clips made of scikit-image's photos, 8 x 32x32, 8 classes of motion", motions),
 }
 
+_TRANSLATION: dict[str, tuple[str, Callable[[DataOptions], TranslationData]]] = {
+    "pairs": (
+        "your images in pairs: pairs:PATH with {train,test}/*, A and B side by side, or "
+        "{trainA,trainB,testA,testB}/* of the same names",
+        pairs,
+    ),
+    "unpaired": (
+        "your images of two domains: unpaired:PATH with {trainA,trainB,testA,testB}/*",
+        unpaired,
+    ),
+    "edges2photo": (
+        "edge maps and patches of scikit-image's photos, 500 pairs, 96x96",
+        edges2photo,
+    ),
+}
+
 
 def names() -> dict[str, str]:
-    """Return the names that `create` takes, each with one line that describes it."""
-    return {name: description for name, (description, _) in _SETS.items()}
+    """Return the names of all data sets, each with one line that describes it."""
+    return {name: text for name, (text, _) in (_SETS | _TRANSLATION).items()}
 
 
 def create(spec: str | Mapping[str, object]) -> LabelledData:
-    """Build a data set.
+    """Build a data set of labelled images or clips.
 
     Args:
         spec: a name, `name:PATH`, or a mapping with `name` and the fields of `DataOptions`.
 
     Raises:
-        UserError: an unknown name or option, a wrong value, or data that isn't as it should be.
+        UserError: an unknown name or option, a wrong value, data that isn't as it should be, or a
+            set without labels.
 
     Example:
         >>> data = create("digits")
@@ -53,7 +73,34 @@ def create(spec: str | Mapping[str, object]) -> LabelledData:
         (10, 1, (8, 8))
     """
     options = DataOptions.parse(spec)
+    if options.name in _TRANSLATION:
+        raise UserError(
+            f"data {options.name} serves task translation: expected labelled data, such as "
+            f"{', '.join(list(_SETS)[:4])}; choose one of them, or write task: translation"
+        )
     if options.name not in _SETS:
-        raise unknown_name("data set", options.name, _SETS)
+        raise unknown_name("data set", options.name, names())
     _, build = _SETS[options.name]
+    return build(options)
+
+
+def create_translation(spec: str | Mapping[str, object]) -> TranslationData:
+    """Build a data set of images of two domains.
+
+    Args:
+        spec: as for `create`.
+
+    Raises:
+        UserError: an unknown name or option, a wrong value, data that isn't as it should be, or a
+            set of labelled data.
+    """
+    options = DataOptions.parse(spec)
+    if options.name in _SETS:
+        raise UserError(
+            f"data {options.name} has labels and one domain: expected {', '.join(_TRANSLATION)} "
+            "for task translation; choose one of them, or another task"
+        )
+    if options.name not in _TRANSLATION:
+        raise unknown_name("data set", options.name, names())
+    _, build = _TRANSLATION[options.name]
     return build(options)

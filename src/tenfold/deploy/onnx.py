@@ -1,7 +1,8 @@
 """Export a network to ONNX, OpenVINO or a torch.export file, and prove that the file computes it.
 
-BatchNorm is folded, the batch dimension is dynamic, and before a file takes its name it is run in
-the engines it is meant for, at two batch sizes, and compared with the original network.
+BatchNorm is folded, the batch dimension is dynamic, height and width where asked, and before a file
+takes its name it is run in the engines it is meant for, at two batch sizes (and two image sizes),
+and compared with the original network.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from tenfold.measure.inputs import (
     random_like,
     run_once,
 )
-from tenfold.measure.onnx_write import metadata_text, trace_inputs, write_onnx
+from tenfold.measure.onnx_write import (
+    at_size,
+    dynamic_shapes,
+    metadata_text,
+    trace_inputs,
+    write_onnx,
+)
 from tenfold.measure.quiet import quiet, reason
 from tenfold.measure.runners import (
     METADATA_KEY,
@@ -59,11 +66,15 @@ Runner = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest difference, relative to max(1, largest reference output)."""
+    """One comparison: the largest difference, relative to max(1, largest reference output).
+
+    The size is that of the images, (H, W), where the file takes any; else None.
+    """
 
     runtime: str
     batch: int
     max_difference: float
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,8 @@ def export(
     example_inputs: ExampleInputs,
     to: str = "onnx",
     metadata: Mapping[str, Any] | None = None,
+    *,
+    dynamic_size: int | None = None,
 ) -> ExportResult:
     """Write `model` for another runtime, check it there, and return where it is.
 
@@ -113,6 +126,9 @@ def export(
         to: "onnx", "openvino" (float32 weights) or "torch" (a torch.export program).
         metadata: JSON-able facts such as classes and preprocessing, kept in the file under
             "tenfold" and read back by `OnnxModel.metadata` and `OpenVinoModel.metadata`.
+        dynamic_size: The file takes images of any height and width that are multiples of this, as
+            `generator.multiple` says for a generator; it is also checked at a second size. None:
+            the example's size alone.
 
     Raises:
         UserError: If the model can't be exported, or the file computes something else.
@@ -122,6 +138,7 @@ def export(
     target = _target(Path(path), to)
     metadata_text(metadata)
     inputs = tuple(value.cpu() for value in as_inputs(example_inputs))
+    trace_inputs(inputs, dynamic_size)
     original = eval_copy(model).cpu()
     run_once(original, inputs, "the model")
     folded = fold_batch_norm(original, inputs)
@@ -134,8 +151,8 @@ def export(
         ) from error
     with folder as temporary:
         draft = Path(temporary) / target.name
-        _write(folded.model, draft, inputs, to, metadata)
-        checks = check_runtimes(draft, to, original, inputs)
+        _write(folded.model, draft, inputs, to, metadata, dynamic_size)
+        checks = check_runtimes(draft, to, original, inputs, dynamic_size)
         # The companions (.bin, .data) go first, so that the main file never lacks them.
         written = sorted(Path(temporary).iterdir(), key=lambda file: file.name == target.name)
         size = sum(file.stat().st_size for file in written)
@@ -145,7 +162,11 @@ def export(
 
 
 def check_runtimes(
-    file: Path, to: str, original: nn.Module, inputs: tuple[Tensor, ...]
+    file: Path,
+    to: str,
+    original: nn.Module,
+    inputs: tuple[Tensor, ...],
+    dynamic_size: int | None = None,
 ) -> list[Check]:
     """Run a file in the engines that it is meant for, at two batch sizes.
 
@@ -154,15 +175,24 @@ def check_runtimes(
         to: its format.
         original: what it has to compute.
         inputs: examples.
+        dynamic_size: None, or what the sides of images are multiples of: then at two sizes, too.
 
     Raises:
         UserError: an engine can't run it, or computes something else.
     """
     checks = []
+    sizes: list[tuple[int, int] | None] = [None]
+    if dynamic_size is not None:
+        images = next(value for value in inputs if value.ndim >= 4)
+        height, width = images.shape[-2:]
+        # Another aspect ratio: sides that were mixed up would show.
+        taller = 1 if height + dynamic_size != width + 2 * dynamic_size else 3
+        sizes = [(height, width), (height + taller * dynamic_size, width + 2 * dynamic_size)]
     for runtime, open_runner in _runtimes(to):
         with _named(runtime):
             runner = open_runner(file)
-        checks += _check(runtime, runner, original, inputs)
+        for size in sizes:
+            checks += _check(runtime, runner, original, inputs, size)
         del runner  # lets go of the file
     return checks
 
@@ -185,16 +215,17 @@ def _write(
     inputs: tuple[Tensor, ...],
     to: str,
     metadata: Mapping[str, Any] | None,
+    dynamic_size: int | None,
 ) -> None:
     if to == "onnx":
-        write_onnx(model, draft, inputs, metadata)
+        write_onnx(model, draft, inputs, metadata, dynamic_size=dynamic_size)
     elif to == "openvino":
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "model.onnx"
-            write_onnx(model, onnx_file, inputs)
+            write_onnx(model, onnx_file, inputs, dynamic_size=dynamic_size)
             _write_openvino(onnx_file, draft, metadata)
     else:
-        _write_program(model, draft, inputs, metadata)
+        _write_program(model, draft, inputs, metadata, dynamic_size)
 
 
 def _write_openvino(onnx_file: Path, draft: Path, metadata: Mapping[str, Any] | None) -> None:
@@ -217,15 +248,16 @@ def _write_program(
     draft: Path,
     inputs: tuple[Tensor, ...],
     metadata: Mapping[str, Any] | None,
+    dynamic_size: int | None,
 ) -> None:
-    batch = torch.export.Dim("batch")
     text = metadata_text(metadata)
+    traced = trace_inputs(inputs, dynamic_size)
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(
                 model,
-                trace_inputs(inputs),
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                traced,
+                dynamic_shapes=dynamic_shapes(traced, dynamic_size),
             )
             extra = None if text is None else {METADATA_KEY: text}
             torch.export.save(program, str(draft), extra_files=extra)
@@ -233,6 +265,7 @@ def _write_program(
         raise UserError(
             f"{type(model).__name__} can't be exported by torch.export: {reason(error)}: rewrite "
             "that part of forward() without Python control flow on tensors or on the batch size"
+            f"{'' if dynamic_size is None else ', or leave dynamic_size out'}"
         ) from error
 
 
@@ -261,12 +294,21 @@ def _named(runtime: str) -> Iterator[None]:
 
 
 def _check(
-    runtime: str, runner: Runner, original: nn.Module, inputs: tuple[Tensor, ...]
+    runtime: str,
+    runner: Runner,
+    original: nn.Module,
+    inputs: tuple[Tensor, ...],
+    size: tuple[int, int] | None,
 ) -> list[Check]:
     checks = []
+    there, name = "", "the model"
+    if size is not None:
+        name = "the model, which takes images of any size if dynamic_size is right,"
+        there = f" and images of {size[0]}x{size[1]}"
+        inputs = tuple(at_size(value, *size) if value.ndim >= 4 else value for value in inputs)
     for batch in CHECKED_BATCHES:
         drawn = random_like(inputs, batch, seed=batch)
-        expected = run_once(copy.deepcopy(original), drawn, "the model")
+        expected = run_once(copy.deepcopy(original), drawn, name)
         with _named(runtime), torch.no_grad():
             outputs = outputs_of(runner(*drawn))
         difference = _difference(outputs, expected, runtime, batch)
@@ -283,11 +325,12 @@ def _check(
                     )
         if not difference <= tolerance:  # also true for NaN
             raise UserError(
-                f"the exported model computes something else in {runtime} at batch {batch}: "
+                f"the exported model computes something else in {runtime} at batch {batch}"
+                f"{there}: "
                 f"difference {difference:.2g}, expected at most {tolerance:g}: nothing was "
                 "written; please report the layer types of this model"
             )
-        checks.append(Check(runtime, batch, difference))
+        checks.append(Check(runtime, batch, difference, size))
     return checks
 
 

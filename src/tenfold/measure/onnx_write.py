@@ -1,4 +1,7 @@
-"""Write a module as one ONNX file with a dynamic batch: used by `export` and by `bench`."""
+"""Write a module as one ONNX file with a dynamic batch: used by `export` and by `bench`.
+
+Height and width are fixed unless asked otherwise.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tenfold.errors import UserError
 from tenfold.measure.inputs import ExampleInputs, as_inputs, at_batch, run_once
@@ -17,13 +21,14 @@ from tenfold.measure.runners import METADATA_KEY
 from tenfold.nn.kernel_layer import KernelLayer
 from tenfold.nn.qdq import to_qdq
 
-__all__ = ["OPSET", "metadata_text", "trace_inputs", "write_onnx"]
+__all__ = ["OPSET", "at_size", "dynamic_shapes", "metadata_text", "trace_inputs", "write_onnx"]
 
 OPSET = 20
 # One protobuf message holds 2 GB; the margin is for the graph beside the weights.
 SINGLE_FILE_BYTES = 1_800_000_000
-# A traced batch of 1 would be taken as a constant.
+# A traced batch of 1 would be taken as a constant, and so would a side of once the multiple.
 TRACE_BATCH = 2
+TRACE_MULTIPLES = 2
 
 
 def write_onnx(
@@ -31,6 +36,8 @@ def write_onnx(
     path: Path,
     example_inputs: ExampleInputs,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    dynamic_size: int | None = None,
 ) -> None:
     """Write `model`, as it stands (put it in eval mode first), to the ONNX file `path`.
 
@@ -42,22 +49,21 @@ def write_onnx(
         path: The file to write; its folder exists.
         example_inputs: Tensor `(B, ...)`, or several; B may be 1.
         metadata: JSON-able facts, stored under the key "tenfold".
+        dynamic_size: height and width are dynamic too, and multiples of this; None fixes them.
 
     Raises:
         UserError: If the model can't be exported, saying why.
     """
-    import torch
-
     if any(isinstance(module, KernelLayer) for module in model.modules()):
         raise UserError(
             "packed for this CPU: ONNX has no such operators; export the model that was given to "
             "optimize"
         )
     model = to_qdq(model)
-    inputs = trace_inputs(example_inputs)
+    inputs = trace_inputs(example_inputs, dynamic_size)
+    shapes = dynamic_shapes(inputs, dynamic_size)
     outputs = run_once(model, inputs, "the model")
     text = metadata_text(metadata)
-    batch = torch.export.Dim("batch")
     try:
         with quiet():
             program = torch.onnx.export(
@@ -65,7 +71,7 @@ def write_onnx(
                 inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=shapes,
                 input_names=_names("image", len(inputs)),
                 output_names=_names("logits", len(outputs)),
                 verbose=False,
@@ -73,10 +79,13 @@ def write_onnx(
             )
             if program is None:
                 raise RuntimeError("the exporter returned nothing")
-            shapes = [value.shape for value in program.model.graph.inputs]
-            if any(shape is not None and isinstance(shape[0], int) for shape in shapes):
-                # The exporter does so without a word when the dynamic batch fails.
-                raise RuntimeError("forward() makes the batch size a constant")
+            for value, dynamic in zip(program.model.graph.inputs, shapes, strict=True):
+                # The exporter does so without a word when a dynamic dimension fails.
+                if value.shape is not None and any(
+                    isinstance(value.shape[axis], int) for axis in dynamic
+                ):
+                    what = "batch size" if isinstance(value.shape[0], int) else "image size"
+                    raise RuntimeError(f"forward() makes the {what} a constant")
             for node in program.model.graph.all_nodes():
                 node.metadata_props.clear()  # stack traces of this machine, most of a small file
             if text is not None:
@@ -90,12 +99,76 @@ def write_onnx(
         raise UserError(
             f"{type(model).__name__} can't be exported to ONNX: {reason(error)}: rewrite that part "
             "of forward() without Python control flow on tensors or on the batch size"
+            f"{'' if dynamic_size is None else ', or leave dynamic_size out'}"
         ) from error
+
+
+def trace_inputs(
+    example_inputs: ExampleInputs, dynamic_size: int | None = None
+) -> tuple[Tensor, ...]:
+    """Return inputs of batch 2, whatever batch was given, and sides at which none is a constant.
+
+    Raises:
+        UserError: no image among the inputs, or one whose sides are no multiples of `dynamic_size`.
+    """
+    inputs = at_batch(as_inputs(example_inputs), TRACE_BATCH)
+    if dynamic_size is None:
+        return inputs
+    if dynamic_size < 1:
+        raise UserError(
+            f"dynamic_size {dynamic_size}: expected at least 1, what the sides are multiples of"
+        )
+    if all(value.ndim < 4 for value in inputs):
+        raise UserError(
+            f"example inputs of shape {', '.join(str(tuple(value.shape)) for value in inputs)}: "
+            "a dynamic size is for images (B, C, H, W); leave dynamic_size out"
+        )
+    return tuple(
+        _at_least(value, dynamic_size, TRACE_MULTIPLES) if value.ndim >= 4 else value
+        for value in inputs
+    )
+
+
+def _at_least(images: Tensor, multiple: int, times: int) -> Tensor:
+    """Repeat rows and columns of images until each side is so many times the multiple."""
+    height, width = images.shape[-2:]
+    if height % multiple or width % multiple:
+        raise UserError(
+            f"example images of {height}x{width}: expected sides that are multiples of "
+            f"{multiple}, as dynamic_size says"
+        )
+    return at_size(images, max(height, times * multiple), max(width, times * multiple))
+
+
+def at_size(images: Tensor, height: int, width: int) -> Tensor:
+    """Repeat or cut the rows and columns of images `(..., H, W)` so that there are so many."""
+    rows = torch.arange(height, device=images.device) % images.shape[-2]
+    columns = torch.arange(width, device=images.device) % images.shape[-1]
+    return images[..., rows, :][..., columns].contiguous()
+
+
+def dynamic_shapes(
+    inputs: tuple[Tensor, ...], dynamic_size: int | None = None
+) -> tuple[dict[int, Any], ...]:
+    """Return the dynamic dimensions of each input, as the exporters take them.
+
+    Args:
+        inputs: from `trace_inputs`.
+        dynamic_size: None: the batch alone. Else the last two dimensions of images and clips too,
+            which are multiples of this; images have their size in common.
+    """
+    batch = torch.export.Dim("batch")
+    if dynamic_size is None:
+        return tuple({0: batch} for _ in inputs)
+    height, width = (dynamic_size * torch.export.Dim(name) for name in ("height", "width"))
+    return tuple(
+        {0: batch, value.ndim - 2: height, value.ndim - 1: width} if value.ndim >= 4 else {0: batch}
+        for value in inputs
+    )
 
 
 def _translations() -> dict[Any, Any]:
     """Return how the operators of quantized layers are written in ONNX."""
-    import torch
     from onnxscript import opset20
 
     op: Any = opset20
@@ -121,11 +194,6 @@ def _scalar(value: float, kind: Any = np.float32) -> Any:
     from onnx import numpy_helper
 
     return numpy_helper.from_array(np.array(value, dtype=kind))
-
-
-def trace_inputs(example_inputs: ExampleInputs) -> tuple[Any, ...]:
-    """Return inputs of batch 2, whatever batch was given."""
-    return at_batch(as_inputs(example_inputs), TRACE_BATCH)
 
 
 def metadata_text(metadata: Mapping[str, Any] | None) -> str | None:

@@ -14,8 +14,10 @@ from tenfold.imports import import_object, is_object_name
 from tenfold.nn.c3d import C3D
 from tenfold.nn.cifar_resnet import CifarResNet
 from tenfold.nn.digitnet import DigitNet
+from tenfold.nn.generators import MobileResNetGenerator, ResNetGenerator, UNetGenerator
 from tenfold.nn.lvvit import LVViT
 from tenfold.nn.pvt import DEPTHS, PyramidVisionTransformer
+from tenfold.nn.stagenet import StageNet
 from tenfold.nn.supervit import SuperViT
 from tenfold.nn.unet3d import UNet3d
 
@@ -32,6 +34,10 @@ _OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     },
     "lvvit_small": (LVViT, {}),
     "supervit": (SuperViT, {}),
+    "stagenet": (StageNet, {}),
+    "resnet_generator": (ResNetGenerator, {}),
+    "mobile_resnet_generator": (MobileResNetGenerator, {}),
+    "unet_generator": (UNetGenerator, {}),
 }
 
 
@@ -73,8 +79,9 @@ class Network:
 def build(
     name: str,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     channels: int = 3,
+    outputs: int | None = None,
     size: tuple[int, int] | None = None,
     frames: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -83,8 +90,9 @@ def build(
 
     Args:
         name: as in a recipe's `model`; an artifact's `tenfold/…` works too.
-        num_classes: outputs.
+        num_classes: of a classifier.
         channels: input channels.
+        outputs: channels of the images that a generator makes.
         size: height and width of the input; given to transformers of timm and to our own networks
             that need it.
         frames: of a clip, likewise; None for images.
@@ -100,8 +108,11 @@ def build(
     if not is_object_name(name):
         _refuse_files(given)
     if is_object_name(name):
-        return _users_own(name, num_classes, channels, given), Network(None)
+        known = {"num_classes": num_classes, "channels": channels, "outputs": outputs}
+        return _users_own(name, known, given), Network(None)
     library, slash, model = name.partition("/")
+    if library in ("timm", "torchvision") and slash and num_classes is None:
+        raise UserError(f"model {name} is a classifier: the task translation needs a generator")
     if library == "timm" and slash:
         return _timm(model, {"num_classes": num_classes, "in_chans": channels, **given}, size)
     if library == "torchvision" and slash:
@@ -110,9 +121,14 @@ def build(
     if own not in _OWN:
         raise unknown_name("model", name, [*_OWN, "timm/<name>", "torchvision/<name>"])
     network, fixed = _OWN[own]
-    arguments = {"num_classes": num_classes, "channels": channels, **given}
+    arguments: dict[str, Any] = {"channels": channels, **given}
     accepted = inspect.signature(network).parameters
-    for key, value in (("size", size), ("frames", frames)):
+    if num_classes is not None and "num_classes" not in accepted:
+        raise UserError(f"model {name} makes images: it is for the task translation")
+    if num_classes is None and "num_classes" in accepted:
+        raise UserError(f"model {name} is a classifier: the task translation needs a generator")
+    further = {"num_classes": num_classes, "outputs": outputs, "size": size, "frames": frames}
+    for key, value in further.items():
         if key in accepted and value is not None:
             arguments.setdefault(key, list(value) if isinstance(value, tuple) else value)
     return (
@@ -201,13 +217,13 @@ def _refuse_files(arguments: Mapping[str, Any]) -> None:
             raise UserError(f"model argument {key} loads weights: use init: pretrained, or a file")
 
 
-def _users_own(name: str, num_classes: int, channels: int, given: dict[str, Any]) -> nn.Module:
+def _users_own(name: str, known: Mapping[str, Any], given: dict[str, Any]) -> nn.Module:
     function = import_object(name, "model")
     if not callable(function):
         raise UserError(f"model {name!r} is not callable: expected a function or class")
     accepted = inspect.signature(function).parameters
-    for key, value in (("num_classes", num_classes), ("channels", channels)):
-        if key in accepted and key not in given:
+    for key, value in known.items():
+        if key in accepted and key not in given and value is not None:
             given[key] = value
     model = _call(function, given, name)
     if not isinstance(model, nn.Module):
