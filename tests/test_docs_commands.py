@@ -194,7 +194,7 @@ def test_names_stand_in_their_tables():
 
 
 def test_keys_that_the_trainer_may_not_set():
-    from tenfold.tasks.run import _OURS
+    from tenfold.tasks.trainer import _OURS
 
     rows = tables()["keys: refused"]
     assert sorted(key for row in rows for key in names_in(row[0])) == sorted(_OURS)

@@ -21,20 +21,22 @@ pytestmark = pytest.mark.path
 
 # What stands in a recipe for each method; a new one fails `test_every_method_has_a_section`.
 SECTIONS: dict[str, dict[str, Any]] = {
+    "crd": {"weight": 5.0},
+    "dcd": {"weight": 0.5},
     "kcd": {"teacher": f"{NETS}:small", "stages": 2},
     "lbc": {"n": 2, "m": 4},
     "lts": {"bits": 4},
+    "omgd": {"channel": 100.0},
     "smmix": {"switch_prob": 0.7},
     "supervit": {"sizes": [4, 8], "drop_blocks": [1]},
     "winograd3d": {"tile": 2, "rank": 2, "min_channels": 4},
 }
 # Networks of images for methods that need others than the small one.
 NETWORKS = {"smmix": nets.vit, "supervit": nets.vit, "winograd3d": nets.deep}
-PAIRS = [
-    pair
-    for pair in itertools.combinations(sorted(registry()), 2)
-    if all("classification" in find(key).tasks for key in pair)
-]
+ALL_PAIRS = list(itertools.combinations(sorted(registry()), 2))
+PAIRS = [pair for pair in ALL_PAIRS if all("classification" in find(key).tasks for key in pair)]
+# Methods that share no task: whatever the recipe's task is, one of the two doesn't serve it.
+STRANGERS = [pair for pair in ALL_PAIRS if not find(pair[0]).tasks & find(pair[1]).tasks]
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +84,43 @@ def test_a_pair_trains_five_steps_and_exports_or_says_why_not(pair):
         torch.testing.assert_close(loaded(images), expected)
     exported = tenfold.export(run.model, "run/model.onnx", images)
     torch.testing.assert_close(OnnxModel(exported.path)(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pair", STRANGERS, ids="+".join)
+def test_a_pair_that_shares_no_task_is_refused_in_each(pair):
+    methods = [find(key)(**SECTIONS[key]) for key in pair]
+    for method, other in (methods, methods[::-1]):
+        for task in sorted(method.tasks):
+            with pytest.raises(UserError) as caught:
+                in_order(methods, task)
+            served = ", ".join(sorted(other.tasks))
+            expected = f"{other.key()} doesn't serve the task '{task}': it serves {served}"
+            assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("key", sorted({key for pair in STRANGERS for key in pair}))
+def test_a_recipe_of_another_task_is_refused_before_anything_is_written(key):
+    if "classification" in find(key).tasks:
+        values = recipe(task="translation", data="edges2photo", methods={key: SECTIONS[key]})
+        values["model"] = "mobile_resnet_generator"
+        del values["train"]
+    else:
+        values = recipe(methods={key: SECTIONS[key]})
+    with pytest.raises(
+        UserError, match=f"{key} doesn't serve the task '{values['task']}'"
+    ) as caught:
+        tenfold.train(values, run_dir="run")
+    assert "\n" not in str(caught.value)
+    assert not Path("run").exists()
+
+
+def test_every_pair_has_its_place():
+    """Pairs within translation alone run on generators, in the tests of that task."""
+    both = [pair for pair in ALL_PAIRS if all("translation" in find(k).tasks for k in pair)]
+    assert sorted({*PAIRS, *STRANGERS, *both}) == ALL_PAIRS
+    for pair in both:
+        methods = [find(key)(**SECTIONS[key]) for key in pair]
+        assert set(in_order(methods, "translation")) == set(methods)
 
 
 def test_a_pair_that_is_refused_would_be_noticed():

@@ -142,13 +142,12 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
-    from tenfold.tasks.recipe import parse_overrides
-    from tenfold.tasks.run import check_trainer
-    from tenfold.tasks.setup import make_plan, set_up
+    from tenfold.tasks.recipe import load_recipe, parse_overrides
+    from tenfold.tasks.run import check_trainer, plan
 
-    experiment = set_up(options.recipe, overrides=parse_overrides(rest))
-    check_trainer(experiment.recipe.trainer)
-    print(make_plan(experiment))
+    overrides = parse_overrides(rest)
+    check_trainer(load_recipe(options.recipe, overrides).trainer)
+    print(plan(options.recipe, overrides=overrides))
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
@@ -258,11 +257,23 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _predict(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.translation_verbs import Translated
     from tenfold.tasks.verbs import predict
 
-    predictions = predict(options.run, options.files, top=options.top, budget=options.budget)
+    predictions = predict(
+        options.run,
+        options.files,
+        top=options.top,
+        budget=options.budget,
+        out=options.out,
+        tile=options.tile,
+        overwrite=options.overwrite,
+    )
     width = max(len(prediction.file) for prediction in predictions)
     for found in predictions:
+        if isinstance(found, Translated):
+            print(f"{found.file:<{width}}  {found.output}")
+            continue
         shown = ", ".join(
             f"{name} {probability:.1%}"
             for name, probability in zip(found.classes, found.probabilities, strict=True)
@@ -374,13 +385,20 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", metavar="RUN")
     reporting.add_argument("--output", metavar="FILE", help="RUN/report.html by default")
 
-    predicting = verb("predict", _predict, "Classify image files, or clips.")
+    predicting = verb("predict", _predict, "Classify or translate image files, or classify clips.")
     predicting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
     predicting.add_argument("files", nargs="+", metavar="FILE")
     predicting.add_argument(
         "--budget", metavar="BUDGET", help="of a SuperViT: 5ms, 1.2gmacs or 300img/s"
     )
     predicting.add_argument("--top", type=_positive, default=3, help="classes to name")
+    predicting.add_argument("--out", metavar="FOLDER", help="translated photos (RUN/predictions)")
+    predicting.add_argument(
+        "--tile", type=_positive, metavar="PIXELS", help="translate large photos in tiles"
+    )
+    predicting.add_argument(
+        "--overwrite", action="store_true", help="replace translated photos that are there"
+    )
     return parser
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tenfold.data import LabelledData, create
+from tenfold.data import LabelledData, TranslationData, create
 from tenfold.errors import UserError
 from tenfold.tasks.loading import model_of, open_artifact
+from tenfold.tasks.translation_evaluation import TranslationEvaluation
 
 __all__ = ["Evaluation", "data_of", "evaluate"]
 
@@ -53,12 +54,15 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module | str | Path,
-    data: LabelledData | str | dict[str, Any] | None = None,
+    data: LabelledData | TranslationData | str | dict[str, Any] | None = None,
     *,
     to: str | None = None,
     batch_size: int | None = None,
-) -> Evaluation:
+) -> Evaluation | TranslationEvaluation:
     """Evaluate on the held-out images or clips of a data set.
+
+    Of a network that translates images: by their distance to the targets, and by FID and KID where
+    its recipe names an extractor.
 
     Args:
         model: a module, or the path of a run, an artifact, an `.onnx` or an OpenVINO `.xml` file.
@@ -72,11 +76,50 @@ def evaluate(
     """
     if to not in (None, "torch", "onnx", "openvino"):
         raise UserError(f"to={to!r}: expected onnx, openvino or torch")
+    translated = _translation(model, data, to)
+    if translated is not None:
+        return translated
+    assert not isinstance(data, TranslationData)
     with _opened(model, data, to) as (runtime, forward, images):
         return _evaluate(forward, images, runtime, batch_size or images.eval_batch_size)
 
 
 Forward = Callable[[Tensor], Tensor]
+
+
+def _translation(
+    model: nn.Module | str | Path, data: Any, to: str | None
+) -> TranslationEvaluation | None:
+    """Evaluate a generator; None where the model or the data is no such thing."""
+    from tenfold.tasks.translation_verbs import evaluate_translation, is_translation
+
+    if isinstance(model, nn.Module):
+        if not isinstance(data, TranslationData):
+            return None
+        if to in (None, "torch"):
+            return evaluate_translation(model, data)
+        raise UserError(f"to={to!r}: export the generator, and evaluate the file")
+    path = Path(model)
+    if path.suffix in (".onnx", ".xml"):
+        runtime, runner = _runner(path)
+        recipe: dict[str, Any] = runner.metadata.get("recipe") or {}
+        forward: Any = runner
+    else:
+        run, found = open_artifact(path)
+        recipe = found.recipe or {}
+        forward, runtime = None, "pytorch"
+    if not is_translation(recipe):
+        return None
+    if forward is None:
+        exported = run.export / {"onnx": "model.onnx", "openvino": "model.xml"}.get(to or "", "-")
+        if exported.is_file():
+            runtime, forward = _runner(exported)
+        elif to in (None, "torch"):
+            forward = model_of(run, found)
+        else:
+            raise UserError(f"{path} is not exported: run tenfold export {path} --to {to} first")
+    extractor = (recipe.get("gan") or {}).get("extractor")
+    return evaluate_translation(forward, data or recipe["data"], extractor, runtime)
 
 
 @contextlib.contextmanager

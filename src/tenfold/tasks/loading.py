@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import LabelledData, create
+from tenfold.data import LabelledData, create, create_translation
 from tenfold.data.preprocessing import Preprocessing
 from tenfold.deploy import artifact
 from tenfold.errors import UserError
@@ -72,6 +72,16 @@ def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
             f"{found.path} holds a network of your own code: in Python, load it by "
             "tenfold.load(path, model=…) and use tenfold.evaluate, export and bench on it"
         )
+    if recipe.task == "translation":
+        images = create_translation(recipe.data)
+        generator, _ = models.build(
+            recipe.model_name,
+            channels=images.channels,
+            outputs=images.target_channels,
+            size=images.size,
+            options=recipe.model_options,
+        )
+        return found.model(generator)
     plain = fresh_network(recipe, create(recipe.data))
     return found.model(wrapped(plain, Network(None), recipe.make_methods(), recipe)[0])
 
@@ -128,8 +138,7 @@ def example_of(found: artifact.Artifact) -> Tensor:
 def metadata_of(found: artifact.Artifact) -> dict[str, Any]:
     """Return what an exported file tells about itself."""
     recipe = found.recipe or {}
-    return {
-        "classes": found.classes,
-        "preprocessing": found.preprocessing,
-        "recipe": {"data": recipe.get("data")},
-    }
+    told: dict[str, Any] = {"data": recipe.get("data")}
+    if recipe.get("task") == "translation":
+        told |= {"task": "translation", "gan": {"extractor": recipe["gan"].get("extractor")}}
+    return {"classes": found.classes, "preprocessing": found.preprocessing, "recipe": told}

@@ -16,10 +16,19 @@ import yaml
 
 from tenfold.errors import UserError, unknown_name
 from tenfold.methods import Method, find, in_order
+from tenfold.tasks.gan_recipe import TRAIN_DEFAULTS, Gan, check_train
 
-__all__ = ["Recipe", "Train", "keys_help", "load_recipe", "parse_overrides", "shipped"]
+__all__ = [
+    "Recipe",
+    "Train",
+    "keys_help",
+    "load_recipe",
+    "parse_overrides",
+    "shipped",
+    "task_of",
+]
 
-TASKS = ("classification",)
+TASKS = ("classification", "translation")
 
 
 @dataclass(kw_only=True)
@@ -91,16 +100,17 @@ class Recipe:
     """A run: what to learn, from what, and by which methods.
 
     Args:
-        task: what to learn: classification.
+        task: what to learn: classification, or translation of images into images.
         data: digits, cifar10, cifar100, motions, imagefolder:PATH, npz:PATH, hf:NAME, frames:PATH,
-            video:PATH, clips_npz:PATH; or a mapping of name, path and options (size, limit,
-            skip_bad, workers and more).
-        model: timm/NAME, torchvision/NAME, resnet20 and so on, or file.py:function; or a mapping of
-            name and the network's own arguments.
+            video:PATH, clips_npz:PATH; for translation edges2photo, pairs:PATH, unpaired:PATH; or a
+            mapping of name, path and options (size, limit, skip_bad, workers and more).
+        model: timm/NAME, torchvision/NAME, resnet20, mobile_resnet_generator and so on, or
+            file.py:function; or a mapping of name and the network's own arguments.
         init: where to start: pretrained, a run, an artifact, or a .safetensors or .pth file.
         methods: the methods' sections by name, such as lbc: {n: 2, m: 4}.
         baseline: the run whose accuracy stands as "before" in bench and report.
         train: how to train.
+        gan: how generators are trained; only for translation.
         trainer: goes to Lightning's Trainer as it is: devices, strategy, precision and so on.
         seed: of the weights, the order of the data and its augmentation.
         name: of the run; its folder is runs/NAME.
@@ -113,6 +123,7 @@ class Recipe:
     methods: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     baseline: str | None = None
     train: Train = field(default_factory=Train)
+    gan: Gan = field(default_factory=Gan)
     trainer: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None
@@ -133,7 +144,10 @@ class Recipe:
     def to_yaml(self) -> str:
         """Return the resolved recipe; keys that are unset are left out."""
         values = {key: value for key, value in self.to_dict().items() if value not in (None, {})}
-        values["train"] = {k: v for k, v in values["train"].items() if v is not None}
+        for section in ("train", "gan"):
+            values[section] = {k: v for k, v in values[section].items() if v is not None}
+        if self.task != "translation":
+            del values["gan"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     @property
@@ -180,6 +194,8 @@ def load_recipe(
         values, origin = _read(source), Path(str(source)).stem
     for key, value in (overrides or {}).items():
         _override(values, key, value)
+    if values.get("task") == "translation" and isinstance(values.get("train") or {}, Mapping):
+        values["train"] = {**TRAIN_DEFAULTS, **(values.get("train") or {})}
     recipe = _typed(values)
     recipe.name = recipe.name or origin
     if recipe.task not in TASKS:
@@ -189,8 +205,29 @@ def load_recipe(
     if not 0 <= recipe.seed < 2**63:
         raise UserError(f"seed={recipe.seed}: expected 0 to 2**63 - 1")
     recipe.train.validate()
+    if recipe.task == "translation":
+        check_train(recipe.train, recipe.gan.decay_epochs)
+        recipe.gan.validate()
+    elif recipe.gan != Gan():
+        raise UserError(f"gan is for the task translation, and this is {recipe.task}: leave it out")
     recipe.make_methods()
     return recipe
+
+
+def task_of(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None
+) -> str | None:
+    """Return the task that a recipe names, ahead of any check; None where it names none.
+
+    Raises:
+        UserError: no such recipe, or broken YAML.
+    """
+    if "task" in (overrides or {}):
+        return str((overrides or {})["task"])
+    if isinstance(source, Recipe):
+        return source.task
+    found = source if isinstance(source, Mapping) else _read(source)
+    return found.get("task")
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -277,12 +314,14 @@ def _typed(values: Mapping[str, Any]) -> Recipe:
     for key in values:
         if key not in _fields(Recipe):
             raise unknown_name("key", str(key), _fields(Recipe))
-    train = values.get("train")
-    if train is not None and not isinstance(train, Mapping):
-        raise UserError(f"train: expected keys such as epochs, got {train!r}")
-    for key in train or {}:
-        if key not in _fields(Train):
-            raise unknown_name("key", f"train.{key}", [f"train.{name}" for name in _fields(Train)])
+    for name, section, example in (("train", Train, "epochs"), ("gan", Gan, "teacher")):
+        given = values.get(name)
+        if given is not None and not isinstance(given, Mapping):
+            raise UserError(f"{name}: expected keys such as {example}, got {given!r}")
+        for key in given or {}:
+            if key not in _fields(section):
+                known = [f"{name}.{each}" for each in _fields(section)]
+                raise unknown_name("key", f"{name}.{key}", known)
     missing = [key for key in ("task", "data", "model") if values.get(key) is None]
     if missing:
         raise UserError(f"the recipe lacks {', '.join(missing)}: only these three are required")

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import inspect
-import logging
 import shlex
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,52 +12,32 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-defined]
-    MisconfigurationException,
-)
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tenfold import __version__
-from tenfold.data import LabelledData
+from tenfold.data import LabelledData, TranslationData
 from tenfold.deploy import artifact
-from tenfold.errors import UserError, unknown_name
+from tenfold.errors import UserError
 from tenfold.measure import count_cost
 from tenfold.methods import LayerPlan
 from tenfold.methods.schedule import Schedule
 from tenfold.nn.supervit import SuperViT
 from tenfold.tasks.callback import MethodCallback
 from tenfold.tasks.cells import evaluate_cells
-from tenfold.tasks.checkpoints import SafeCheckpoints, every_epoch, newest
+from tenfold.tasks.checkpoints import every_epoch, newest
 from tenfold.tasks.classification import Classification, ImageDataModule, in_channels_last
 from tenfold.tasks.evaluation import Evaluation, evaluate
 from tenfold.tasks.folder import RunFolder, open_run, refuse_other_recipe, write_json
 from tenfold.tasks.optimization import epoch_sizes
 from tenfold.tasks.progress import MetricsFile, progress
-from tenfold.tasks.recipe import Recipe
+from tenfold.tasks.recipe import Recipe, task_of
 from tenfold.tasks.records import write_records
 from tenfold.tasks.setup import Experiment, layer_plans, layer_rows, plan, set_up
+from tenfold.tasks.trainer import check_trainer, make_trainer, quietly
+from tenfold.tasks.translation_run import TranslationRun, train_translation
 
-__all__ = ["Run", "evaluate", "plan", "train"]
-
-# What a recipe's `trainer` may not set, and where it belongs instead.
-_OURS = {
-    "max_epochs": "train.epochs",
-    "min_epochs": "train.epochs",
-    "max_steps": "train.epochs",
-    "min_steps": "train.epochs",
-    "accumulate_grad_batches": "train.accumulate",
-    "gradient_clip_val": "train.clip_norm",
-    "gradient_clip_algorithm": "train.clip_norm",
-    "default_root_dir": "--run_dir",
-    "use_distributed_sampler": "nothing: the loaders know their rank",
-    "callbacks": "your own Trainer with tenfold's MethodCallback",
-    "logger": "nothing: metrics.csv is written, and TensorBoard where it is installed",
-    "enable_checkpointing": "nothing: every epoch is kept until the next is",
-    "fast_dev_run": "train.epochs: 1 and data.limit",
-    "overfit_batches": "data.limit",
-    "max_time": "train.epochs, which the schedules of methods are made for",
-}
+__all__ = ["Run", "check_trainer", "evaluate", "plan", "train"]
 
 
 @dataclass(frozen=True)
@@ -84,14 +58,14 @@ class Run:
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | None = None,
+    data: LabelledData | TranslationData | None = None,
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
     command: str | None = None,
-) -> Run | None:
+) -> Run | TranslationRun | None:
     """Train a recipe to its end, and save the finished model as an artifact.
 
     Args:
@@ -111,6 +85,17 @@ def train(
         UserError: anything wrong with the recipe, the data or the folder, or a loss that is not
             finite; the last good checkpoint is kept.
     """
+    if task_of(recipe, overrides) == "translation":
+        return train_translation(
+            recipe,
+            model,
+            data,
+            run_dir=run_dir,
+            resume=resume,
+            overwrite=overwrite,
+            overrides=overrides,
+            command=command,
+        )
     experiment = set_up(recipe, model, data, overrides)
     plans = layer_plans(experiment)  # now: a method may put other layers in place of the network's
     check_trainer(experiment.recipe.trainer)
@@ -132,7 +117,7 @@ def train(
     images = ImageDataModule(
         experiment.data, experiment.recipe.train, experiment.recipe.seed, experiment.methods
     )
-    with _quiet():
+    with quietly():
         try:
             trainer.fit(task, datamodule=images, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
@@ -196,22 +181,6 @@ def _train_others(experiment: Experiment, path: Path, command: str | None) -> No
         other.network.load_state_dict(artifact.read(folder.model).state_dict())
 
 
-def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Refuse Trainer arguments that don't exist, or that the recipe sets elsewhere."""
-    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    for key in arguments:
-        if key in _OURS:
-            raise UserError(f"trainer.{key} is set elsewhere: use {_OURS[key]}")
-        if key not in known:
-            raise unknown_name("key", f"trainer.{key}", [f"trainer.{name}" for name in known])
-    strategy = str(arguments.get("strategy", ""))
-    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
-        raise UserError(
-            f"trainer.strategy {strategy} cuts weights into shards, and methods choose among the "
-            "weights of whole blocks: use ddp, which keeps every weight whole on every process"
-        )
-
-
 def _build(
     experiment: Experiment, folder: RunFolder
 ) -> tuple[Classification, MethodCallback, pl.Trainer]:
@@ -227,27 +196,13 @@ def _build(
             )
         )
     callbacks += [MetricsFile(folder), progress(), every_epoch(folder.checkpoints)]
-    with _quiet():
-        try:
-            trainer = pl.Trainer(
-                max_epochs=recipe.train.epochs,
-                accumulate_grad_batches=recipe.train.accumulate,
-                gradient_clip_val=recipe.train.clip_norm,
-                default_root_dir=folder.path,
-                callbacks=callbacks,
-                logger=_logger(folder),
-                use_distributed_sampler=False,  # the loaders know their rank
-                **{
-                    "enable_model_summary": False,
-                    "enable_progress_bar": sys.stdout.isatty(),
-                    "num_sanity_val_steps": 0,
-                    "log_every_n_steps": 1,
-                    **recipe.trainer,
-                    "plugins": _plugins(recipe),
-                },
-            )
-        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+    trainer = make_trainer(
+        recipe,
+        folder,
+        callbacks,
+        accumulate_grad_batches=recipe.train.accumulate,
+        gradient_clip_val=recipe.train.clip_norm,
+    )
     sizes = epoch_sizes(
         experiment.data.train_size,
         recipe.train,
@@ -271,19 +226,6 @@ def _build(
     return task, callback, trainer
 
 
-def _plugins(recipe: Recipe) -> list[Any]:
-    given = recipe.trainer.get("plugins") or []
-    return [*(given if isinstance(given, list) else [given]), SafeCheckpoints()]
-
-
-def _logger(folder: RunFolder) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return False
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    return TensorBoardLogger(folder.path, name="", version="tensorboard")
-
-
 def _finish(
     experiment: Experiment,
     plans: Mapping[str, LayerPlan],
@@ -293,6 +235,7 @@ def _finish(
 ) -> Run:
     recipe, data = experiment.recipe, experiment.data
     evaluation = evaluate(model, data)
+    assert isinstance(evaluation, Evaluation)
     if isinstance(model, SuperViT):
         evaluate_cells(model, data)  # the artifact keeps the table
     described = {
@@ -327,30 +270,3 @@ def _finish(
         },
     )
     return Run(run, model, evaluation)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice out of the way; what stops a run still comes through."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for text in (
-            ".*does not have many workers.*",
-            ".*log_every_n_steps.*",
-            ".*GPU available.*",
-        ):
-            warnings.filterwarnings("ignore", text)
-        warnings.filterwarnings("ignore", ".*Checkpoint directory.*exists and is not empty.*")
-        warnings.filterwarnings(
-            "ignore", ".*WeightAveraging callback with a model that overrides.*"
-        )
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

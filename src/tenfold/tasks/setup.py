@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.data import ImageData, LabelledData, create
+from tenfold.data import ImageData, LabelledData, TranslationData, create
 from tenfold.errors import UserError
 from tenfold.measure import Cost, count_cost
 from tenfold.measure.cells import cell_lines
@@ -25,7 +25,7 @@ from tenfold.tasks.classification import mixing_of
 from tenfold.tasks.loading import wrapped
 from tenfold.tasks.optimization import epoch_sizes, make_optimizer
 from tenfold.tasks.other_networks import OtherNetwork, open_network
-from tenfold.tasks.recipe import Recipe, load_recipe
+from tenfold.tasks.recipe import Recipe, load_recipe, task_of
 from tenfold.tasks.starting_point import initialize
 
 __all__ = ["Experiment", "Plan", "plan", "set_up", "training_set"]
@@ -112,7 +112,7 @@ class Plan:
 def set_up(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | None = None,
+    data: LabelledData | TranslationData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Make what a recipe names, and refuse what can't work before anything starts.
@@ -171,7 +171,7 @@ def set_up(
 def plan(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | None = None,
+    data: LabelledData | TranslationData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Say what a recipe will do to every layer, without training.
@@ -185,6 +185,10 @@ def plan(
     Raises:
         UserError: whatever would stop the run.
     """
+    if task_of(recipe, overrides) == "translation":
+        from tenfold.tasks.translation_setup import plan_translation, set_up_translation
+
+        return plan_translation(set_up_translation(recipe, model, data, overrides))
     return make_plan(set_up(recipe, model, data, overrides))
 
 
@@ -192,8 +196,6 @@ def make_plan(experiment: Experiment) -> Plan:
     """Join the methods' plans with the cost of every layer."""
     cost = count_cost(experiment.model, experiment.example)
     rows = layer_rows(cost, layer_plans(experiment))
-    saved = sum(row["macs"] - row["effective_macs"] for row in rows)
-    gone = sum(round(_numel(row["shape"]) * (1 - row["kept"])) for row in rows)
     notes = []
     if experiment.fresh:
         shown = ", ".join(experiment.fresh[:4])
@@ -205,16 +207,28 @@ def make_plan(experiment: Experiment) -> Plan:
         notes += ["", "one network, many budgets:", *cell_lines(experiment.model.table.rows)]
     if not experiment.methods:
         notes.append("methods     none: the network stays dense")
+    return planned(cost, rows, notes)
+
+
+def planned(cost: Cost, rows: list[dict[str, Any]], notes: list[str]) -> Plan:
+    """Return a plan of `layer_rows`, with what they save in total."""
+    saved = sum(row["macs"] - row["effective_macs"] for row in rows)
+    gone = sum(round(_numel(row["shape"]) * (1 - row["kept"])) for row in rows)
     return Plan(rows, cost.macs, cost.macs - saved, cost.parameters, cost.parameters - gone, notes)
 
 
 def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
     """Return every layer's treatment; where several methods treat one, they are joined."""
-    if experiment.plans is not None:  # training may have put other layers in their place
-        return experiment.plans
+    if experiment.plans is None:  # later, training may have put other layers in their place
+        experiment.plans = join_plans(experiment.methods, experiment.model)
+    return experiment.plans
+
+
+def join_plans(methods: Sequence[Method], model: nn.Module) -> dict[str, LayerPlan]:
+    """Return what methods will do to each layer of a network, by the layer's name."""
     plans: dict[str, LayerPlan] = {}
-    for method in experiment.methods:
-        for layer in method.plan(experiment.model):
+    for method in methods:
+        for layer in method.plan(model):
             before = plans.get(layer.name)
             if before is None or not before.treatment:
                 plans[layer.name] = layer
@@ -226,7 +240,6 @@ def layer_plans(experiment: Experiment) -> dict[str, LayerPlan]:
                     treatment=f"{before.treatment}, {layer.treatment}",
                     kept=before.kept * layer.kept,
                 )
-    experiment.plans = plans
     return plans
 
 

@@ -12,7 +12,7 @@ from tenfold.deploy import artifact
 from tenfold.errors import UserError
 from tenfold.nn.models import Network, load_pretrained
 
-__all__ = ["initialize"]
+__all__ = ["initialize", "read_weights"]
 
 
 def initialize(model: nn.Module, network: Network, init: str) -> list[str]:
@@ -31,7 +31,7 @@ def initialize(model: nn.Module, network: Network, init: str) -> list[str]:
     """
     if init == "pretrained":
         return load_pretrained(model, network)
-    state = _read(Path(init))
+    state = read_weights(Path(init))
     adapt: Any = getattr(model, "adapt_state_dict", None)  # SuperViT's tables of positions
     if adapt is not None:
         state = adapt(state)
@@ -50,7 +50,12 @@ def initialize(model: nn.Module, network: Network, init: str) -> list[str]:
     return fresh
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read weights by name, from a run, an artifact or a file.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read.
+    """
     if path.is_dir():
         return artifact.read(path).state_dict()
     if not path.is_file():

@@ -16,6 +16,7 @@ from tenfold.deploy.onnx import ExportResult, export
 from tenfold.errors import UserError
 from tenfold.measure import BenchResult, bench, measure_cells
 from tenfold.measure.cells import write_cells
+from tenfold.nn.generators import Generator
 from tenfold.nn.supervit import SuperViT
 from tenfold.tasks.cells import cell_at
 from tenfold.tasks.folder import RunFolder, write_json
@@ -26,6 +27,13 @@ from tenfold.tasks.loading import (
     metadata_of,
     model_of,
     open_artifact,
+)
+from tenfold.tasks.translation_verbs import (
+    PREDICTIONS,
+    Translated,
+    compared_models,
+    is_translation,
+    translate_files,
 )
 
 __all__ = ["Prediction", "bench_run", "export_run", "predict"]
@@ -52,8 +60,14 @@ def export_run(path: str | Path, to: str = "onnx") -> ExportResult:
     """
     folder, found = open_artifact(path)
     target = folder.export
+    model = model_of(folder, found)
     result = export(
-        model_of(folder, found), target, example_of(found), to=to, metadata=metadata_of(found)
+        model,
+        target,
+        example_of(found),
+        to=to,
+        metadata=metadata_of(found),
+        dynamic_size=model.multiple if isinstance(model, Generator) else None,
     )
     notes = target / "export.json"
     known: list[dict[str, Any]] = []
@@ -100,7 +114,9 @@ def bench_run(
     packed: dict[str, int] = {}
     onnx: dict[str, Path] = {}
     before = baseline or recipe.baseline
-    if before is not None:
+    if before is None and recipe.task == "translation":
+        compared |= compared_models(run, found)
+    elif before is not None:
         dense = finished_run(before)
         dense_artifact = artifact.read(dense.model)
         compared["dense"] = model_of(dense, dense_artifact)
@@ -158,8 +174,13 @@ def predict(
     top: int = 3,
     model: nn.Module | None = None,
     budget: str | None = None,
-) -> list[Prediction]:
+    out: str | Path | None = None,
+    tile: int | None = None,
+    overwrite: bool = False,
+) -> list[Prediction] | list[Translated]:
     """Classify image files; or clips, where the network was trained on clips.
+
+    A network that translates images writes what it makes of photos of any size into a folder.
 
     Args:
         path: a run or an artifact.
@@ -168,6 +189,9 @@ def predict(
         top: classes to name.
         model: a fresh network, where the artifact names none.
         budget: of a SuperViT: `5ms`, `1.2gmacs` or `300img/s`; its most accurate cell within that.
+        out: folder of translated photos; `RUN/predictions` by default.
+        tile: side of the tiles of large photos that are translated.
+        overwrite: replace translated photos that are there.
 
     Raises:
         UserError: no artifact, a budget below the cheapest cell, or a file that can't be read; the
@@ -181,6 +205,13 @@ def predict(
             f"{found.path} doesn't say how its input is prepared: save it with preprocessing=…"
         )
     network = found.model(model) if model is not None else model_of(folder, found)
+    if is_translation(found.recipe):
+        if budget is not None:
+            raise UserError("a budget is for a SuperViT: leave it out")
+        target = folder.path / PREDICTIONS if out is None else Path(out)
+        return translate_files(network, files, target, tile=tile, overwrite=overwrite)
+    if out is not None or tile is not None:
+        raise UserError("out and tile are for networks that translate images: leave them out")
     if budget is not None:
         network = cell_at(network, budget)
     results = []
