@@ -80,7 +80,8 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
 
 def test_names_are_described() -> None:
     images = {"digits", "cifar10", "cifar100", "imagefolder", "npz", "hf"}
-    assert set(names()) == images | {"motions", "frames", "video", "clips_npz"}
+    clips = {"motions", "frames", "video", "clips_npz"}
+    assert set(names()) == images | clips | {"pairs", "unpaired", "edges2photo"}
     assert all(names().values())
 
 

@@ -46,7 +46,7 @@ _TRANSLATION: dict[str, tuple[str, Callable[[DataOptions], TranslationData]]] = 
         unpaired,
     ),
     "edges2photo": (
-        "edge maps and patches of scikit-image's photos, 500 pairs, 96x96",
+        "edge maps and patches of scikit-image's photos, 480 pairs, 96x96",
         edges2photo,
     ),
 }

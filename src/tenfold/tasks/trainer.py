@@ -118,6 +118,7 @@ def quietly() -> Iterator[None]:
             ".*does not have many workers.*",
             ".*log_every_n_steps.*",
             ".*GPU available.*",
+            ".*in eval mode at the start of training.*",
         ):
             warnings.filterwarnings("ignore", text)
         warnings.filterwarnings("ignore", ".*Checkpoint directory.*exists and is not empty.*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from tenfold.tasks.translation_evaluation import evaluate_generator, in_evaluati
 
 __all__ = ["Progress", "SavedReport"]
 
+START = "start.json"  # in a run's folder: what the fresh student does
 KEPT_GRIDS = 3  # in the report: the first, and the last ones
 # Title, axis, and column of metrics.csv by label; no columns: the student's losses.
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -156,7 +158,7 @@ def write_translation_record(task: Translation, folder: RunFolder) -> None:
             charts.append({"title": title, "x_label": "epoch", "y_label": y_label, "lines": lines})
     entry = {
         "method": "the training of teacher and student",
-        "facts": [list(pair) for pair in _facts(task)],
+        "facts": [list(pair) for pair in _facts(task, folder, rows)],
         "charts": charts,
         "images": [_grids(folder, experiment.data.paired)],
     }
@@ -168,11 +170,22 @@ def write_translation_record(task: Translation, folder: RunFolder) -> None:
     write_json(folder.records, {"format": 1, "methods": [entry, *others]})
 
 
-def _facts(task: Translation) -> list[tuple[str, str]]:
+def _facts(
+    task: Translation, folder: RunFolder, rows: list[dict[str, str]]
+) -> list[tuple[str, str]]:
     experiment = task.experiment
     weights = [f"{name} {weight:g}" for name, weight in experiment.weights.items() if weight]
     facts = [("losses beside the methods'", ", ".join(weights) or "none")]
     facts += [(note.split(None, 1)[0], note.split(None, 1)[1]) for note in experiment.notes]
+    now = [float(row["test_l1"]) for row in rows if row.get("test_l1")]
+    if now and (folder.path / START).is_file():
+        start = float(json.loads((folder.path / START).read_text(encoding="utf-8"))["l1"])
+        facts.append(
+            (
+                "L1 to the targets, held out",
+                f"{start:.3f} at the start, {now[-1]:.3f} now: {now[-1] / start:.2f} of it",
+            )
+        )
     facts.append(("held-out images", f"{experiment.data.test_size} of {experiment.data.name}"))
     return facts
 

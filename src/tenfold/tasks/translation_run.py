@@ -24,8 +24,17 @@ from tenfold.tasks.recipe import Recipe
 from tenfold.tasks.setup import layer_rows
 from tenfold.tasks.trainer import check_trainer, make_trainer, quietly
 from tenfold.tasks.translation import PairDataModule, Translation
-from tenfold.tasks.translation_evaluation import TranslationEvaluation, evaluate_generator
-from tenfold.tasks.translation_progress import Progress, SavedReport, write_translation_record
+from tenfold.tasks.translation_evaluation import (
+    TranslationEvaluation,
+    evaluate_generator,
+    in_evaluation,
+)
+from tenfold.tasks.translation_progress import (
+    START,
+    Progress,
+    SavedReport,
+    write_translation_record,
+)
 from tenfold.tasks.translation_setup import TranslationExperiment, set_up_translation
 
 __all__ = ["TEACHER", "TranslationRun", "train_translation"]
@@ -99,6 +108,10 @@ def train_translation(
     task = Translation(experiment)
     images = PairDataModule(experiment.data, checked.train, checked.seed)
     checkpoint = newest(folder.checkpoints) if resume else None
+    if checkpoint is None and experiment.data.paired:
+        with in_evaluation(experiment.student) as fresh:
+            start = evaluate_generator(fresh, experiment.data)
+        write_json(folder.path / START, start.to_dict())
     with quietly():
         try:
             trainer.fit(task, datamodule=images, ckpt_path=checkpoint, weights_only=True)

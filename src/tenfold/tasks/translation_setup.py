@@ -142,13 +142,13 @@ def set_up_translation(
         teacher, teacher_network = _teacher(checked, data)
     for role, one in (("model", student), ("gan.teacher", teacher.generator)):
         _try_forward(role, one, data)
-    for method in distilling:
+    for distiller in distilling:
         try:
-            method.use_network("teacher", teacher.generator)
-            method.use_network("discriminator", teacher.discriminator)
-            method.use_setting(data.paired, data.size)
+            distiller.use_network("teacher", teacher.generator)
+            distiller.use_network("discriminator", teacher.discriminator)
+            distiller.use_setting(data.paired, data.size)
         except UserError as error:
-            raise UserError(f"methods.{method.key()}: {error}") from error
+            raise UserError(f"methods.{distiller.key()}: {error}") from error
     perceptual = None
     if weights["style"] or weights["feature"]:
         extractor = open_perceptual(gan.perceptual or "vgg16", data.target_channels)
@@ -160,8 +160,8 @@ def set_up_translation(
         notes.append(f"extractor   FID and KID by {found}")
         reference = Reference(found, data)
     names: list[str] = []
-    for method in distilling:
-        wanted = method.tap_names()
+    for distiller in distilling:
+        wanted = distiller.tap_names()
         names += taps_of(student, wanted) if wanted is None else wanted
     _check_taps(tuple(names), student, teacher.generator)
     experiment = TranslationExperiment(
