@@ -510,3 +510,29 @@ def test_files_that_change_are_looked_at_again(tmp_path: Path) -> None:
     save(np.zeros((HEIGHT, 51, 3), np.uint8), root / "train" / "3.png")
     with pytest.raises(UserError, match=r"train/3\.png is 51 pixels wide"):
         load("pairs", root)
+
+
+def test_images_to_choose_by_are_taken_from_training(tmp_path: Path) -> None:
+    from tests.translations import make_pairs, make_unpaired
+
+    for folder, kind in (
+        (make_pairs(tmp_path / "p"), "pairs"),
+        (make_unpaired(tmp_path / "u"), "unpaired"),
+    ):
+        data = create_translation({"name": kind, "path": str(folder), "size": 32})
+        training, choosing = data.holding_out(2)
+        count = len(data._train[0].split.ids)
+        kept = {
+            int(i)
+            for _ in range(3)
+            for b in training.train_loader(batch_size=2, seed=0)
+            for i in b["id"]
+        }
+        assert kept == set(range(count - 2))
+        held = list(choosing.test_loader(batch_size=2))
+        assert torch.cat([b["id"] for b in held]).tolist() == [count - 2, count - 1]
+        assert held[0]["source"].shape == (2, 3, 32, 32)
+        assert ("target" in held[0]) == (kind == "pairs")
+        assert data.test_size == training.test_size
+        with pytest.raises(UserError, match="some that are left to train on"):
+            data.holding_out(count)

@@ -6,6 +6,7 @@ says which belong together.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 
@@ -265,6 +266,31 @@ class TranslationData:
             return [held_out]
         return [_at_size(self._train[1], self.size, keep=False), held_out]
 
+    def holding_out(self, count: int) -> tuple[TranslationData, TranslationData]:
+        """Hold further images out of training, to choose among networks by.
+
+        Args:
+            count: the last so many training pairs, or source images.
+
+        Returns:
+            The data without them, and one whose held-out images they are.
+
+        Raises:
+            UserError: nothing would be left to train on.
+        """
+        source, *rest = self._train
+        ids = source.split.ids
+        if not 0 < count < len(ids):
+            raise UserError(
+                f"{count} of {len(ids)} training images to choose by: expected at least 1, and "
+                "some that are left to train on"
+            )
+        training, choosing = copy.copy(self), copy.copy(self)
+        training._train = [_with_ids(source, ids[:-count]), *rest]
+        held_out = _with_ids(_at_size(source, self.size, source.pixels.kept), ids[-count:])
+        choosing._test = [held_out, *self._test[1:]]
+        return training, choosing
+
     def train_name_of(self, index: int) -> str:
         """Return what a person would look for: the file of a training pair or source image."""
         return self._train[0].split.images.name(index)
@@ -343,6 +369,12 @@ def _parts(
         Part(split, ResizedImages(split.images, count, size, keep=total <= MEMORY_LIMIT))
         for split, count in zip(splits, channels, strict=True)
     ]
+
+
+def _with_ids(part: Part, ids: Tensor) -> Part:
+    split = copy.copy(part.split)
+    split.ids = ids
+    return Part(split, part.pixels)
 
 
 def _at_size(part: Part, size: tuple[int, int], keep: bool) -> Part:

@@ -42,7 +42,7 @@ def headline_figures(run: Run) -> list[Figure]:
     accuracy.
     """
     before, after = _sizes(run)
-    figures = [_accuracy(run)]
+    figures = _quality(run) if run.makes_images else [_accuracy(run)]
     if after.dense_bytes is not None or after.packed_bytes is not None:
         stored = after.packed_bytes if after.packed_bytes is not None else after.dense_bytes
         form = "packed" if after.packed_bytes is not None else "stored dense"
@@ -105,6 +105,21 @@ def _sizes(run: Run) -> tuple[Size, Size]:
         if macs and kept:
             return Size(effective_macs=sum(macs)), Size(effective_macs=sum(kept))
     return Size(), Size()
+
+
+def _quality(run: Run) -> list[Figure]:
+    """Return how close made images come to the targets, or to real ones."""
+    assert run.metrics is not None
+    known = (
+        ("L1 to the targets", "test_l1", "held out, images in -1 to 1; less is better"),
+        ("FID", "test_fid", "held out; the extractor is named below"),
+    )
+    found = [(label, run.metrics.last(name), note) for label, name, note in known]
+    return [
+        Figure(label, None, f"{value:.3g}", note)
+        for label, value, note in found
+        if value is not None
+    ]
 
 
 def _accuracy(run: Run) -> Figure:

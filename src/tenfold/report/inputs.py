@@ -20,7 +20,10 @@ from tenfold.report.records import Record, read_record
 __all__ = ["Bench", "Check", "Export", "Latency", "Layer", "Metrics", "Run", "Size", "read_run"]
 
 # Only these columns of metrics.csv are drawn; others are left alone, whatever they hold.
-CURVES = ("train_loss", "test_loss", "test_accuracy", "density", "learning_rate")
+CURVES = (
+    "train_loss", "test_loss", "test_accuracy", "density", "learning_rate",
+    "test_l1", "test_ssim", "test_fid",
+)  # fmt: skip
 # Epoch and value, in the file's order; `None` where the cell is empty or not finite.
 Curve = tuple[tuple[float, float | None], ...]
 Item = TypeVar("Item")
@@ -140,6 +143,12 @@ class Run:
     version: str | None
     unit: str = "image"  # or clip: what the network takes
     cells: CellTable | None = None  # of a network with many budgets
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether the network translates images: it has no accuracy, but a distance to others."""
+        curves = self.metrics.curves if self.metrics else {}
+        return "test_l1" in curves or "test_fid" in curves
 
 
 def read_run(folder: Path) -> Run:

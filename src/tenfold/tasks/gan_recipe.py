@@ -54,7 +54,9 @@ class Gan:
             teacher's image where there is none; without a method 100 and 10, else 0.
         extractor: for FID and KID: inception, a run of stagenet, weights, or file.py:function.
         evaluate_every: pairs: epochs between evaluations; a tenth of the run by default.
-        keep: the last student, or the best one by FID, else by L1, on the held-out images.
+        keep: the last student, or the best one by FID, else by L1.
+        validation: training images that are held out to choose teacher and student by; 0: the
+            held-out images that are reported are taken, as the papers' code does.
         pictures: how many held-out images are shown as training goes.
     """
 
@@ -79,6 +81,7 @@ class Gan:
     extractor: str | dict[str, Any] | None = None
     evaluate_every: int | None = None
     keep: str = "last"
+    validation: int = 0
     pictures: int = 4
 
     def validate(self) -> None:
@@ -88,7 +91,7 @@ class Gan:
         )
         least |= dict.fromkeys(
             ("reconstruction", "cycle", "identity", "pool", "decay_epochs", "adversarial", "style",
-             "feature", "student_reconstruction", "pictures"), 0,
+             "feature", "student_reconstruction", "validation", "pictures"), 0,
         )  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -47,10 +47,9 @@ class Progress(pl.Callback):
         if experiment.reference is None:
             task.teacher.take_snapshot()  # type: ignore[operator]
             return
+        data, reference = experiment.choosing or (experiment.data, experiment.reference)
         with in_evaluation(task.teacher.generator) as generator:
-            found = evaluate_generator(
-                generator, experiment.data, experiment.reference, device=task.device
-            )
+            found = evaluate_generator(generator, data, reference, device=task.device)
         if found.score < task.best_teacher:
             task.best_teacher = found.score
             task.teacher.take_snapshot()  # type: ignore[operator]
@@ -72,10 +71,15 @@ class Progress(pl.Callback):
             found = evaluate_generator(
                 student, experiment.data, experiment.reference, device=task.device
             )
-        for name, value in found.figures().items():
+        figures, chosen_by = found.figures(), found
+        if experiment.choosing is not None:
+            with in_evaluation(task.student) as student:
+                chosen_by = evaluate_generator(student, *experiment.choosing, device=task.device)
+            figures |= chosen_by.figures("validation_")
+        for name, value in figures.items():
             pl_module.log(name, value)
-        if found.score < task.best_student:
-            task.best_student = found.score
+        if chosen_by.score < task.best_student:
+            task.best_student = chosen_by.score
             if experiment.recipe.gan.keep == "best":
                 state = copy.deepcopy(task.student.state_dict())
                 task.best_state = {name: value.cpu() for name, value in state.items()}
@@ -140,7 +144,9 @@ def write_translation_record(task: Translation, folder: RunFolder) -> None:
     known = list(dict.fromkeys(name for row in rows for name, value in row.items() if value))
     own = {"epoch", "step", "learning_rate", "seconds", "train_loss"}
     student = [
-        name for name in known if name not in own and not name.startswith((*TEACHERS, "test_"))
+        name
+        for name in known
+        if name not in own and not name.startswith((*TEACHERS, "test_", "validation_"))
     ]
     charts = []
     for title, y_label, names in CURVES:

@@ -49,6 +49,7 @@ class TranslationExperiment:
         weights: of the student's losses that no method owns.
         perceptual: style and feature losses; None without.
         reference: for FID and KID; None without an extractor.
+        choosing: by which teacher and student are chosen, where that isn't the held-out images.
         taps: names of the maps that methods read.
         phases: the epochs.
         notes: what the reader should know of extractors.
@@ -65,6 +66,7 @@ class TranslationExperiment:
     weights: dict[str, float]
     perceptual: Perceptual | None
     reference: Reference | None
+    choosing: tuple[TranslationData, Reference | None] | None
     taps: tuple[str, ...]
     phases: list[Phase]
     notes: list[str]
@@ -127,6 +129,12 @@ def set_up_translation(
             "the recipe"
         )
     gan, methods = checked.gan, checked.make_methods()
+    chooser = None
+    if gan.validation:
+        try:
+            data, chooser = data.holding_out(gan.validation)
+        except UserError as error:
+            raise UserError(f"gan.validation: {error}") from error
     distilling = [method for method in methods if isinstance(method, TranslationMethod)]
     weights = gan.student_weights(bool(distilling), data.paired)
     notes: list[str] = []
@@ -175,6 +183,9 @@ def set_up_translation(
         weights=weights,
         perceptual=perceptual,
         reference=reference,
+        choosing=None
+        if chooser is None
+        else (chooser, None if reference is None else Reference(reference.extractor, chooser)),
         taps=tuple(dict.fromkeys(names)),
         phases=phases(gan, checked.train.epochs, data.paired),
         notes=notes,
