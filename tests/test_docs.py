@@ -18,7 +18,7 @@ import tenfold
 from tenfold import data, measure, methods
 from tenfold.methods import registry
 from tenfold.tasks.recipe import load_recipe
-from tests.pages import DOCS, ROOT, blocks, pages
+from tests.pages import DOCS, ROOT, blocks, pages, tables
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +44,19 @@ def test_every_field_of_a_method_is_documented():
         page = (DOCS / "methods" / f"{key}.md").read_text()
         for field in dataclasses.fields(method):
             assert f"`{field.name}`" in page, f"{key}.md doesn't name {field.name}"
+
+
+def test_costs_of_generators_are_those_that_are_tested():
+    """Parameters and both counts of MACs, to the digits shown."""
+    from tests.nn.test_generators import COUNTS
+
+    known = {parameters: (paper, true) for _, _, parameters, paper, true in COUNTS}
+    rows = tables()["counts: generators"]
+    assert len(rows) == 11
+    for _, _, parameters, true, paper in rows:
+        expected = known[int(parameters.replace(",", ""))]
+        shown = [float(cell.removesuffix(" G")) for cell in (paper, true)]
+        assert shown == [round(value, 3) for value in expected]
 
 
 def test_links_between_pages_hold():

@@ -16,6 +16,7 @@ from tenfold.cli import _parser, main
 from tenfold.data import DataOptions
 from tenfold.errors import UserError
 from tenfold.nn import models
+from tenfold.tasks.gan_recipe import Gan
 from tenfold.tasks.recipe import Recipe, Train, parse_overrides, shipped
 from tests.pages import ROOT, blocks, commands, mentioned, names_in, tables
 from tests.test_docs import check_recipe
@@ -162,6 +163,7 @@ OPTIONS = {
     "Recipe": lambda: _fields(Recipe),
     "Train": lambda: _fields(Train),
     "DataOptions": lambda: _fields(DataOptions),
+    "Gan": lambda: _fields(Gan),
     "MethodCallback": _callback,
 }
 
@@ -188,7 +190,8 @@ def test_names_stand_in_their_tables():
     sets = [names_in(row[0])[0].partition(":")[0] for row in found["names: data"]]
     assert sets == list(data.names())
     augmentations = [names_in(row[0])[0] for row in found["names: augmentations"]]
-    assert sorted(augmentations) == sorted(data.augmentations())
+    known = data.translation_augmentations() | data.augmentations()
+    assert sorted(augmentations) == sorted(known)
     recipes = [names_in(row[0])[0] for row in found["names: recipes"]]
     assert sorted(recipes) == sorted(shipped())
 

@@ -19,7 +19,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"quickstart.py", "lbc_lightning.py", "smmix_timm.py"}
+    tested = {"quickstart.py", "lbc_lightning.py", "smmix_timm.py", "gan_distillation.py"}
     tested |= {f"{key}_plain_pytorch.py" for key in ("lbc", "lts", "kcd")}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
@@ -54,6 +54,15 @@ def test_smmix_in_a_script_of_timm(capsys):
     accuracy = runpy.run_path(str(file))["main"]()
     assert accuracy > 0.6
     assert "epoch 15: loss" in capsys.readouterr().out
+
+
+def test_a_student_in_a_script_of_pix2pix(capsys):
+    file = EXAMPLES / "gan_distillation.py"
+    marked = [line for line in file.read_text().splitlines() if line.endswith("  # student")]
+    assert len(marked) == 12
+    before, after = runpy.run_path(str(file))["main"]()
+    assert after < 0.8 * before
+    assert "before, 0." in capsys.readouterr().out
 
 
 def test_own_lightning_trainer(capsys):

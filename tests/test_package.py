@@ -48,6 +48,17 @@ def test_every_public_name_resolves():
         _ = tenfold.nosuch
 
 
+def test_networks_that_translate_images_are_public():
+    from tenfold import nn
+
+    for name in ("ResNetGenerator", "MobileResNetGenerator", "UNetGenerator", "PatchDiscriminator"):
+        assert name in nn.__all__
+        assert getattr(nn, name).__name__ == name
+    assert nn.PatchDiscriminator(6, 8).channels == 6
+    with pytest.raises(AttributeError, match=r"'tenfold\.nn' has no attribute 'nosuch'"):
+        _ = nn.nosuch
+
+
 def test_methods_and_their_pure_functions_are_public():
     from tenfold import methods
 

@@ -123,7 +123,7 @@ def _list(options: argparse.Namespace, rest: list[str]) -> None:
         "methods": described,
         "models": models.names(),
         "data": data.names(),
-        "augmentations": data.augmentations(),
+        "augmentations": data.translation_augmentations() | data.augmentations(),
         "recipes": shipped(),
     }
     chosen = [options.what] if options.what else list(sections)

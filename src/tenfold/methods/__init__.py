@@ -17,6 +17,12 @@ from tenfold.methods.base import Kind, LayerPlan, Method, Stage, in_order
 from tenfold.methods.training_set import Mixing, Requests, TrainingSet
 
 if TYPE_CHECKING:  # for completion and type checkers only; at run time names are found from files
+    from tenfold.methods.crd import CRD as CRD
+    from tenfold.methods.crd import column_strips as column_strips
+    from tenfold.methods.crd import pairwise_distance_angle_loss as pairwise_distance_angle_loss
+    from tenfold.methods.crd import patches as patches
+    from tenfold.methods.crd import row_strips as row_strips
+    from tenfold.methods.dcd import DCD as DCD
     from tenfold.methods.kcd import KCD as KCD
     from tenfold.methods.kcd import ContrastLoss as ContrastLoss
     from tenfold.methods.kcd import VariationalLoss as VariationalLoss
@@ -39,6 +45,7 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.lts import freeze_threshold as freeze_threshold
     from tenfold.methods.lts import quantize_input as quantize_input
     from tenfold.methods.lts import quantize_weight as quantize_weight
+    from tenfold.methods.omgd import OMGD as OMGD
     from tenfold.methods.smmix import SMMix as SMMix
     from tenfold.methods.smmix import Windows as Windows
     from tenfold.methods.smmix import extreme_windows as extreme_windows
