@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gan_tables
 import supervit_tables
 import training_tables
 import vit_tables
@@ -308,6 +309,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "winograd3d_accuracy": winograd_tables.accuracy,
     "winograd3d_accuracy_longer": winograd_tables.longer_accuracy,
     "winograd3d_memory": winograd_tables.memory,
+    "gan_students": gan_tables.gan_students,
+    "gan_students_targets": gan_tables.gan_students_targets,
+    "gan_step_dcd": gan_tables.gan_step_dcd,
+    "gan_step_relations": gan_tables.gan_step_relations,
+    "gan_infer": gan_tables.gan_infer,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "generator.h"
 #include "layout.h"
 #include "live.h"
 #include "memory.h"
@@ -22,6 +23,8 @@ namespace {
 
 using tenfold::Attention;
 using tenfold::Conv2d;
+using tenfold::Generator;
+using tenfold::GeneratorLayer;
 using tenfold::LayerNorm;
 using tenfold::Linear;
 using tenfold::LiveGradient;
@@ -43,13 +46,14 @@ struct Kernels {
   bool (*winograd3d)(const Winograd3d&);
   void (*transpose)(const Transpose&);
   bool (*live_gradient)(const LiveGradient&);
+  bool (*generator)(const Generator&);
 };
 #define TENFOLD_KERNELS(isa)                                                            \
   {                                                                                     \
     tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::attention,          \
         tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::layer_norm,    \
         tenfold::isa::peak, tenfold::isa::winograd3d, tenfold::isa::transpose,          \
-        tenfold::isa::live_gradient                                                     \
+        tenfold::isa::live_gradient, tenfold::isa::generator                            \
   }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
@@ -315,6 +319,36 @@ void live_gradient(Address x, Address gradient, Address live, Address channel, A
   if (!done) throw std::bad_alloc();
 }
 
+// A program's fields in the order of GeneratorLayer.
+void generator(const Sizes& fields, Address weights, Address x, Address out, long batch,
+               long height, long width, float epsilon, int threads) {
+  std::vector<GeneratorLayer> layers;
+  for (std::size_t i = 0; i + tenfold::kGeneratorFields <= fields.size();
+       i += tenfold::kGeneratorFields) {
+    const long* f = fields.data() + i;
+    layers.push_back({static_cast<tenfold::GeneratorOp>(f[0]), f[1], f[2], f[3], f[4], f[5],
+                      static_cast<tenfold::GeneratorNorm>(f[6]),
+                      static_cast<tenfold::GeneratorActivation>(f[7]), f[8], f[9], f[10], f[11],
+                      f[12], f[13] != 0});
+  }
+  const Generator problem{layers.data(),
+                          static_cast<long>(layers.size()),
+                          reinterpret_cast<const float*>(weights),
+                          reinterpret_cast<const float*>(x),
+                          reinterpret_cast<float*>(out),
+                          batch,
+                          height,
+                          width,
+                          epsilon,
+                          threads};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.generator(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -333,5 +367,6 @@ NB_MODULE(_kernels, m) {
   m.def("mean_pool", mean_pool);
   m.def("layer_norm", layer_norm);
   m.def("live_gradient", live_gradient);
+  m.def("generator", generator);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

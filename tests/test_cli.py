@@ -117,6 +117,9 @@ BAD = [
     (["export", "nowhere", "--to", "onxx"], "did you mean onnx"),
     (["evaluate", "nowhere"], "nowhere is no artifact"),
     (["evaluate", "nowhere.onnx"], "nowhere.onnx"),
+    (["evaluate-shadows", "nowhere", "x", "y"], "nowhere is no folder"),
+    (["evaluate-shadows", "x", "y", "z", "--size", "big"], "expected a side such as 256"),
+    (["evaluate-shadows", "x", "y", "z", "--mask_above", "1"], "expected 0 <= above < 1"),
     (["report", "nowhere"], "nowhere"),
     (["predict", "nowhere", "x.png"], "nowhere is no artifact"),
 ]

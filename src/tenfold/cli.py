@@ -223,6 +223,29 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     print(evaluate(options.model, options.data, to=options.to, batch_size=options.batch_size))
 
 
+def _evaluate_shadows(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks import shadow_evaluation
+
+    if options.json is not None:
+        shadow_evaluation.check_json(options.json, options.overwrite)
+    found = shadow_evaluation.evaluate_shadows(
+        options.results,
+        options.ground_truth,
+        options.masks,
+        input=options.input,
+        size=shadow_evaluation.parse_size(options.size),
+        mask_above=options.mask_above,
+        dilate=options.dilate,
+        skip_unmatched=options.skip_unmatched,
+        skip_bad=options.skip_bad,
+    )
+    if options.json is not None:
+        shadow_evaluation.write_json(
+            found, options.json, command=options.command, overwrite=options.overwrite
+        )
+    print(found)  # its last lines are the table
+
+
 def _bench(options: argparse.Namespace, rest: list[str]) -> None:
     from tenfold.tasks.verbs import bench_run
 
@@ -372,6 +395,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--to", choices=("onnx", "openvino"), help="evaluate the exported form")
     evaluating.add_argument("--cells", action="store_true", help="every cell of a SuperViT")
     evaluating.add_argument("--batch_size", type=_positive, help="256 images or 32 clips")
+
+    shadows = verb(
+        "evaluate-shadows", _evaluate_shadows, "Evaluate photos whose shadows any method removed."
+    )
+    shadows.add_argument("results", metavar="RESULTS", help="folder of the results")
+    shadows.add_argument("ground_truth", metavar="GROUND_TRUTH", help="of the shadow-free photos")
+    shadows.add_argument("masks", metavar="MASKS", help="of the shadow masks")
+    shadows.add_argument("--input", metavar="FOLDER", help="shadow photos, to give their own error")
+    shadows.add_argument("--size", default="256", help="a side, HEIGHTxWIDTH, or native")
+    shadows.add_argument(
+        "--mask_above", type=float, default=0.0, metavar="SHARE", help="of white: 0 or 0.5"
+    )
+    shadows.add_argument("--dilate", type=int, default=0, metavar="PIXELS", help="grow the masks")
+    shadows.add_argument(
+        "--skip_unmatched", "--skip-unmatched", action="store_true", help="files without partners"
+    )
+    shadows.add_argument("--skip_bad", action="store_true", help="photos that can't be read")
+    shadows.add_argument("--json", metavar="FILE", help="write all figures, each photo's too")
+    shadows.add_argument("--overwrite", action="store_true", help="replace that file")
 
     timing = verb("bench", _bench, "Time a run's model against the dense one, side by side.")
     timing.add_argument("run", metavar="RUN")

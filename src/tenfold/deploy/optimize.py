@@ -25,6 +25,7 @@ from tenfold.deploy.dense import replace_dense
 from tenfold.deploy.edits import describe_edits
 from tenfold.deploy.fold import Folded, eval_copy, fold_batch_norm
 from tenfold.deploy.fuse import Epilogue, fuse, unfuse
+from tenfold.deploy.generators import Generators, pack_generators
 from tenfold.deploy.optimized import (
     OptimizedModel,
     hand_on_channels_last,
@@ -45,6 +46,9 @@ from tenfold.nn.winograd_packed import PackedWinogradConv3d
 __all__ = ["optimize"]
 
 TOLERANCE = 1e-5
+# What generators may differ by, if they are no further from the exact result than the model is,
+# times a factor: two ways to round are never equally lucky.
+ROUNDING, ROUNDING_ALIKE = 1e-4, 2.0
 # Another form of the whole network must take this share of the time: two timings are never equal.
 CLEARLY = 0.97
 # Samples of a batch that are tried to go through the network together.
@@ -64,7 +68,8 @@ def optimize(
     it, is timed dense and packed, and the faster form is kept. So is each 3x3x3 convolution, in
     tiles of several sizes in the Winograd domain. Activations, residual additions and maximum
     pooling are fused into packed layers, and attention and pooling beside them go to kernels of
-    ours where those are faster. The result takes any batch and image size that the model takes.
+    ours where those are faster. A ResNet or mobile ResNet generator of images becomes one kernel.
+    The result takes any batch and image size that the model takes.
     On a CUDA device 2:4 layers in float16 or bfloat16 go to the sparse tensor cores.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -80,7 +85,9 @@ def optimize(
 
     Returns:
         The module, with `plan` saying what was done. In float32 its outputs are within 1e-5 of the
-        model's on the example, relative to the largest.
+        model's on the example, relative to the largest. Generators, whose norms magnify rounding,
+        may be further away, within 1e-4, where the model in double precision shows that the
+        model's own rounding is as large.
 
     Raises:
         UserError: the model can't be copied, fails on the inputs or is optimized already, or an
@@ -90,26 +97,34 @@ def optimize(
     _check(model, precision, choose)
     given = eval_copy(model).requires_grad_(False)
     expected = run_once(given, inputs, "the model")
-    folded = fold_batch_norm(given, inputs)
-    folded.model.requires_grad_(False)
     target = Target(precision, inputs[0].device)
+    exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
+    checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
+    notes: list[str] = []
+    generators = pack_generators(given, inputs, target, choose)
+    generators = _checked(generators, given, inputs, checks, notes)
+    base = generators.network
+    folded = fold_batch_norm(base, inputs)
+    folded.model.requires_grad_(False)
     layers = find_layers(folded.model, inputs)
     choices = choose_layers(layers, target, choose)
 
-    notes = [f"BatchNorm is not folded: {folded.reason}"] if folded.reason else []
+    if folded.reason:
+        notes.append(f"BatchNorm is not folded: {folded.reason}")
     if choose == "time" and target.missing and any(layer.reason is None for layer in layers):
         notes.append(f"nothing is packed: {target.missing}")
-    exact = precision == "float32" and expected[0].dtype in (torch.float32, torch.float64)
-    checks = _Checks(given, inputs, expected, TOLERANCE if exact else None)
-    form = checks.first(_forms(given, folded, choices, inputs, choose, notes), notes)
-    memory_format, at_once, network_ms = "contiguous", None, dict[str, float]()
+    form = checks.first(_forms(base, folded, choices, inputs, choose, notes), notes)
+    if generators.packed and form.name == "as given":  # but for its generators
+        form = replace(form, difference=checks.difference(base))
+    memory_format, at_once, network_ms = "contiguous", None, dict(generators.network_ms)
     if choose == "time":
         dense = _Form("dense", folded.model, folded=tuple(folded.folded))
-        form, memory_format, network_ms = _fastest(form, dense, inputs, checks, notes)
+        form, memory_format, times = _fastest(form, dense, inputs, checks, notes)
+        network_ms |= {} if generators.packed == ("",) else times
         form, at_once, in_parts_ms = _in_parts(form, inputs, checks)
         network_ms |= in_parts_ms
     plan = OptimizePlan(
-        layers=tuple(_final(row, form) for row in choices.rows),
+        layers=(*generators.rows, *(_final(row, form) for row in choices.rows)),
         precision=precision,
         instruction_set=target.instruction_set,
         memory_format=memory_format,
@@ -123,6 +138,46 @@ def optimize(
     )
     edits = describe_edits(given, form.network, form.folded, form.epilogues, form.replaced)
     return OptimizedModel(form.network, plan, edits)
+
+
+def _checked(
+    generators: Generators,
+    given: nn.Module,
+    inputs: tuple[Tensor, ...],
+    checks: _Checks,
+    notes: list[str],
+) -> Generators:
+    """Return the network with packed generators if it is right, else as it was given."""
+    if not generators.packed:
+        return generators
+    try:
+        difference = checks.difference(generators.network)
+        right = checks.right(difference)
+        if (
+            not right
+            and difference <= ROUNDING
+            and _rounds_alike(generators.network, given, inputs)
+        ):
+            # Of what is done to the network besides, no more is asked.
+            checks.tolerance, right = ROUNDING, True
+    except UserError as error:
+        why = str(error)
+    else:
+        if right:
+            return generators
+        why = f"the outputs differ by {difference:.1e} relative"
+    notes.append(f"given up, packed generators: {why}")
+    return generators.without(given, why)
+
+
+def _rounds_alike(network: nn.Module, given: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Tell whether a network is as close to the given one in double precision as that one is."""
+    double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    exact = run_once(copy.deepcopy(given).double(), double, "the model in double precision")
+    own, others = (
+        largest_difference(run_once(each, inputs, "it"), exact) for each in (given, network)
+    )
+    return others <= ROUNDING_ALIKE * own
 
 
 @dataclass(frozen=True)

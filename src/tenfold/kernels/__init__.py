@@ -3,6 +3,6 @@
 Importing it registers all of them, which a program that was exported with them needs.
 """
 
-from tenfold.kernels import attention, nm, normalize, pooling
+from tenfold.kernels import attention, generator, nm, normalize, pooling
 
-__all__ = ["attention", "nm", "normalize", "pooling"]
+__all__ = ["attention", "generator", "nm", "normalize", "pooling"]
