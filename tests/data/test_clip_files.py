@@ -123,7 +123,7 @@ def test_videos_as_they_should_be(videos) -> None:
     assert data.train.labels().tolist() == [0, 1, 0, 1, 0, 1]
     assert (data.train.length(0), data.shape) == (12, (3, 4, 16, 16))
     assert closest(data.train.clip(3, [1, 4, 7]), pictures(11, 12)) == [1, 4, 7]
-    batch = next(iter(data.test_loader(batch_size=4)))
+    batch = next(iter(data.test_loader(batch_size=4, workers=0)))
     assert batch["clip"].shape == (4, 3, 4, 16, 16)
     loaded = load_clip(root / "val/run/0.mp4", data.preprocessing())
     assert torch.equal(loaded, batch["clip"][0])
@@ -196,7 +196,7 @@ def test_packed_clips_as_they_should_be(tmp_path: Path) -> None:
     assert [data.train.length(i) for i in range(3)] == [5, 9, 4]
     assert data.train.name(1) == "packed/train.npz[1]"
     assert torch.equal(data.train.clip(1, [0, 3, 8]), pictures(1, 9)[:, [0, 3, 8]])
-    batch = next(iter(data.test_loader(batch_size=2)))
+    batch = next(iter(data.test_loader(batch_size=2, workers=0)))
     assert batch["clip"].shape == (2, 3, 4, 24, 24)
     assert batch["label"].tolist() == [0, 1]
 
