@@ -558,3 +558,12 @@ def test_refusals(call, text):
     with pytest.raises(UserError, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_map_far_from_zero_is_normed_exactly(layout: torch.memory_format) -> None:
+    x = (1000 + torch.randn(2, 8, 48, 40)).contiguous(memory_format=layout)
+    expected = nn.InstanceNorm2d(8)(x.double())
+    found = InstanceNorm2d(8)(x)
+    assert found.is_contiguous(memory_format=layout)
+    assert float((found - expected).abs().max()) < 1e-3
