@@ -8,7 +8,9 @@ in the shadow, outside, and over all, of every photo.
 - figures: from 256x256 images in memory, without decoding. The loop once in float64, as
   scikit-image's own `img_as_float` gives images, and once in float32, which it is quicker in.
 - folders: from PNG files of 640x480, ISTD's size, everything included: listing, decoding, resizing
-  to 256x256, figures and means. The loop decodes and resizes by Pillow too, one file after another.
+  to 256x256, figures and means. The loop decodes and resizes by Pillow, one file after another.
+- colours: the LAB codes that a network is given, of 256x256 images in memory; scikit-image's
+  `rgb2lab` image by image in float32, and the conversion of the whole batch.
 
 The loop is what one finds in papers' scripts, put right: the colours of each image are converted
 once, and masks aren't applied twice. Photos are crops of those inside scikit-image, with
@@ -34,6 +36,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from common import interleave, paired_ratio, save, summary
 from tenfold.errors import UserError
+from tenfold.kernels.lab import lab_of_rgb
 from tenfold.measure.shadow_errors import shadow_errors
 from tenfold.tasks.shadow_evaluation import evaluate_shadows
 
@@ -180,6 +183,30 @@ def folders(images: int, rounds: int, threads: int) -> dict[str, Any]:
         return {**compare(contenders, images, rounds), "files": "PNG 640x480"}
 
 
+def loop_codes(photos: Sequence[Photo]) -> NDArray[np.float64]:
+    shift, scale = np.array([0, 128, 128], np.float32), np.array([100, 255, 255], np.float32)
+    return np.stack([(rgb2lab(np.float32(one[1]) / 255) + shift) / scale for one in photos])
+
+
+def colours(images: int, rounds: int) -> dict[str, Any]:
+    photos = make_photos(images, SIDE, SIDE)
+    truths = as_batch(photos)[1]
+    contenders: dict[str, Callable[[], Any]] = {
+        "loop": functools.partial(loop_codes, photos),
+        "ours": functools.partial(lab_of_rgb, truths, codes=True),
+    }
+    apart = np.abs(loop_codes(photos).transpose(0, 3, 1, 2) - contenders["ours"]().numpy()).max()
+    if not apart < EQUAL:
+        raise UserError(f"codes differ by {apart:.2g}: expected less than {EQUAL}")
+    times = interleave(contenders, rounds, warm_up=1)
+    return {
+        "images": images,
+        "largest_difference": float(apart),
+        **{name: summary(seconds) for name, seconds in times.items()},
+        "speedup": paired_ratio(times["loop"], times["ours"]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=32)
@@ -193,6 +220,7 @@ def main() -> None:
         "side": SIDE,
         "figures": figures(options.images, options.rounds),
         "folders": folders(options.images, options.rounds, options.threads),
+        "colours": colours(options.images, options.rounds),
     }
     if options.trial:
         print(found)

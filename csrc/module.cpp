@@ -9,12 +9,17 @@
 
 #include "attention.h"
 #include "generator.h"
+#include "lab.h"
+#include "labnet.h"
+#include "labnet_fields.h"
 #include "layout.h"
 #include "live.h"
 #include "memory.h"
 #include "nm.h"
 #include "normalize.h"
 #include "pooling.h"
+#include "resize.h"
+#include "ssim.h"
 #include "winograd.h"
 
 namespace nb = nanobind;
@@ -25,11 +30,21 @@ using tenfold::Attention;
 using tenfold::Conv2d;
 using tenfold::Generator;
 using tenfold::GeneratorLayer;
+using tenfold::LabErrors;
+using tenfold::LabOfRgb;
+using tenfold::LabnetFields;
+using tenfold::LabnetLayer;
+using tenfold::LabnetPixels;
+using tenfold::LabnetResample;
+using tenfold::LabnetVariances;
 using tenfold::LayerNorm;
 using tenfold::Linear;
 using tenfold::LiveGradient;
 using tenfold::MaxPool2d;
 using tenfold::MeanPool;
+using tenfold::RegionSsim;
+using tenfold::Resize;
+using tenfold::RgbOfLab;
 using tenfold::Transpose;
 using tenfold::Weight;
 using tenfold::Winograd3d;
@@ -47,13 +62,26 @@ struct Kernels {
   void (*transpose)(const Transpose&);
   bool (*live_gradient)(const LiveGradient&);
   bool (*generator)(const Generator&);
+  void (*lab_of_rgb)(const LabOfRgb&);
+  void (*rgb_of_lab)(const RgbOfLab&);
+  void (*lab_errors)(const LabErrors&);
+  void (*region_ssim)(const RegionSsim&);
+  bool (*resize)(const Resize&);
+  bool (*labnet_layer)(const LabnetLayer&);
+  void (*labnet_variances)(const LabnetVariances&);
+  void (*labnet_resample)(const LabnetResample&);
+  void (*labnet_pixels)(const LabnetPixels&);
 };
 #define TENFOLD_KERNELS(isa)                                                            \
   {                                                                                     \
     tenfold::isa::nm_conv2d, tenfold::isa::nm_linear, tenfold::isa::attention,          \
         tenfold::isa::max_pool2d, tenfold::isa::mean_pool, tenfold::isa::layer_norm,    \
         tenfold::isa::peak, tenfold::isa::winograd3d, tenfold::isa::transpose,          \
-        tenfold::isa::live_gradient, tenfold::isa::generator                            \
+        tenfold::isa::live_gradient, tenfold::isa::generator, tenfold::isa::lab_of_rgb, \
+        tenfold::isa::rgb_of_lab, tenfold::isa::lab_errors, tenfold::isa::region_ssim,  \
+        tenfold::isa::resize, tenfold::isa::labnet_layer,                               \
+        tenfold::isa::labnet_variances, tenfold::isa::labnet_resample,                  \
+        tenfold::isa::labnet_pixels                                                     \
   }
 Kernels kernels = TENFOLD_KERNELS(portable);
 
@@ -349,6 +377,94 @@ void generator(const Sizes& fields, Address weights, Address x, Address out, lon
   if (!done) throw std::bad_alloc();
 }
 
+// RGB is bytes, or floats.
+void lab_of_rgb(Address rgb, bool bytes, Address lab, long images, long pixels, bool codes,
+                int threads) {
+  nb::gil_scoped_release release;
+  kernels.lab_of_rgb({bytes ? reinterpret_cast<const std::uint8_t*>(rgb) : nullptr,
+                      bytes ? nullptr : reinterpret_cast<const float*>(rgb),
+                      reinterpret_cast<float*>(lab), images, pixels, codes, threads});
+}
+
+void rgb_of_lab(Address lab, Address rgb, bool bytes, long images, long pixels, bool codes,
+                int threads) {
+  nb::gil_scoped_release release;
+  kernels.rgb_of_lab({reinterpret_cast<const float*>(lab),
+                      bytes ? reinterpret_cast<std::uint8_t*>(rgb) : nullptr,
+                      bytes ? nullptr : reinterpret_cast<float*>(rgb), images, pixels, codes,
+                      threads});
+}
+
+void lab_errors(Address a, Address b, Address shadow, Address sums, long images, long pixels,
+                int threads) {
+  nb::gil_scoped_release release;
+  kernels.lab_errors({reinterpret_cast<const std::uint8_t*>(a),
+                      reinterpret_cast<const std::uint8_t*>(b),
+                      reinterpret_cast<const std::uint8_t*>(shadow),
+                      reinterpret_cast<double*>(sums), images, pixels, threads});
+}
+
+void region_ssim(Address a, Address b, Address shadow, Address out, long images, long channels,
+                 long height, long width, int threads) {
+  nb::gil_scoped_release release;
+  kernels.region_ssim({reinterpret_cast<const std::uint8_t*>(a),
+                       reinterpret_cast<const std::uint8_t*>(b),
+                       reinterpret_cast<const std::uint8_t*>(shadow),
+                       reinterpret_cast<double*>(out), images, channels, height, width, threads});
+}
+
+// sizes: height, width, channels, and height and width of the output; then the taps of x and y.
+void resize(Address pixels, Address out, const Sizes& sizes, Address x_first, Address x_weight,
+            Address y_first, Address y_weight) {
+  const auto axis = [](Address first, Address weight, long taps) {
+    return tenfold::ResizeAxis{reinterpret_cast<const std::int32_t*>(first),
+                               reinterpret_cast<const std::int32_t*>(weight), taps};
+  };
+  const Resize problem{reinterpret_cast<const std::uint8_t*>(pixels),
+                       reinterpret_cast<std::uint8_t*>(out),
+                       sizes.at(0),
+                       sizes.at(1),
+                       sizes.at(2),
+                       sizes.at(3),
+                       sizes.at(4),
+                       axis(x_first, x_weight, sizes.at(5)),
+                       axis(y_first, y_weight, sizes.at(6))};
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.resize(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void labnet_layer(const Sizes& fields) {
+  const LabnetLayer layer = LabnetFields(fields).layer();
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = kernels.labnet_layer(layer);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void labnet_variances(const Sizes& fields) {
+  const LabnetVariances problem = LabnetFields(fields).variances();
+  nb::gil_scoped_release release;
+  kernels.labnet_variances(problem);
+}
+
+void labnet_resample(const Sizes& fields) {
+  const LabnetResample problem = LabnetFields(fields).resample();
+  nb::gil_scoped_release release;
+  kernels.labnet_resample(problem);
+}
+
+void labnet_pixels(const Sizes& fields) {
+  const LabnetPixels problem = LabnetFields(fields).pixels();
+  nb::gil_scoped_release release;
+  kernels.labnet_pixels(problem);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -368,5 +484,14 @@ NB_MODULE(_kernels, m) {
   m.def("layer_norm", layer_norm);
   m.def("live_gradient", live_gradient);
   m.def("generator", generator);
+  m.def("labnet_layer", labnet_layer);
+  m.def("labnet_variances", labnet_variances);
+  m.def("labnet_resample", labnet_resample);
+  m.def("labnet_pixels", labnet_pixels);
+  m.def("lab_of_rgb", lab_of_rgb);
+  m.def("rgb_of_lab", rgb_of_lab);
+  m.def("lab_errors", lab_errors);
+  m.def("region_ssim", region_ssim);
+  m.def("resize", resize);
   m.def("peak", [](bool from_cache) { return kernels.peak(from_cache); });
 }

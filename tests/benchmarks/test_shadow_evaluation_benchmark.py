@@ -27,3 +27,9 @@ def test_what_differs_is_not_timed():
     contenders = {"loop": lambda: np.zeros(3), "ours": lambda: np.full(3, 0.01)}
     with pytest.raises(ValueError, match=r"figures differ by 0\.01"):
         shadow_evaluation.compare(contenders, 3, 2)
+
+
+def test_the_codes_of_both_are_the_same():
+    found = shadow_evaluation.colours(2, 2)
+    assert 0 <= found["largest_difference"] < 1e-5
+    assert found["speedup"]["median"] > 0

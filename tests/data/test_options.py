@@ -81,7 +81,8 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
 def test_names_are_described() -> None:
     images = {"digits", "cifar10", "cifar100", "imagefolder", "npz", "hf"}
     clips = {"motions", "frames", "video", "clips_npz"}
-    assert set(names()) == images | clips | {"pairs", "unpaired", "edges2photo"}
+    shadows = {"triplets", "rendered_shadows", "shadow_frames"}
+    assert set(names()) == images | clips | {"pairs", "unpaired", "edges2photo"} | shadows
     assert all(names().values())
 
 

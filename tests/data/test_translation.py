@@ -351,7 +351,7 @@ def test_wrong_options(options: dict[str, object], text: str, tmp_path: Path) ->
 
 
 def test_names_of_sets(tmp_path: Path) -> None:
-    assert [*names()][-3:] == ["pairs", "unpaired", "edges2photo"]
+    assert [*names()][-6:-3] == ["pairs", "unpaired", "edges2photo"]
     for name in ("pairs", "unpaired", "edges2photo"):
         with pytest.raises(UserError, match=f"data {name} serves task translation"):
             create(name)

@@ -9,7 +9,7 @@ from skimage.color import rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tenfold.errors import UserError
-from tenfold.measure import shadow_errors as module
+from tenfold.kernels import region_errors
 from tenfold.measure.shadow_errors import (
     FIGURES,
     REGIONS,
@@ -126,7 +126,7 @@ def test_many_at_a_time_are_what_each_is_alone(monkeypatch):
     alone = [
         shadow_errors(results[i : i + 1], truths[i : i + 1], masks[i : i + 1]) for i in range(5)
     ]
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 70 * 90)
+    monkeypatch.setattr(region_errors, "PIXELS_AT_ONCE", 2 * 70 * 90)
     together = shadow_errors(results, truths, masks)
     assert len(together) == 5
     joined = ShadowErrors.joined(alone).per_image()

@@ -109,3 +109,29 @@ def test_refusals():
         perceptual_loss(one, one, lambda x: [x])
     with pytest.raises(UserError, match="not those of a VGG16"):
         VggCuts(nn.Sequential(nn.Conv2d(3, 3, 3)))
+
+
+def test_weights_of_pixels_make_weighted_means():
+    generator = torch.Generator().manual_seed(7)
+    output, target = torch.rand(2, 2, 3, 9, 8, generator=generator).double()
+    weight = torch.rand(2, 1, 9, 8, generator=generator).double()
+    found = lab_loss(output, target, weight=weight)
+    share = weight / weight.sum()
+    assert float(found.mse) == pytest.approx(
+        float((share * (output - target).square().mean(1, keepdim=True)).sum())
+    )
+    assert float(found.perceptual) == pytest.approx(
+        float((share * (output - target).abs().mean(1, keepdim=True)).sum())
+    )
+    # Weights that are all alike are none.
+    alike = lab_loss(output, target, weight=torch.full_like(weight, 0.3))
+    for ours, plain in zip(alike, lab_loss(output, target), strict=True):
+        torch.testing.assert_close(ours, plain)
+    # Where the weight is zero nothing counts.
+    inside = torch.zeros_like(weight)
+    inside[..., 3:6, 3:6] = 1
+    other = output.clone()
+    other[..., 0, :] += 1
+    torch.testing.assert_close(
+        lab_loss(other, target, weight=inside).total, lab_loss(output, target, weight=inside).total
+    )

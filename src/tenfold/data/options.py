@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from tenfold.errors import UserError, unknown_name
 
@@ -19,6 +20,7 @@ _STREAMING = ("samples", "buffer")
 _CLIPS = ("frames", "stride", "train_clips", "test_clips")
 _FILES = ("frames", "video", "clips_npz")
 _TRANSLATION = ("pairs", "unpaired", "edges2photo")
+_SHADOWS = ("triplets", "rendered_shadows", "shadow_frames")
 _CHOICES = {"direction": DIRECTIONS, "reference": REFERENCES}
 
 # The options that only some data sets have, with those sets.
@@ -29,6 +31,9 @@ _ONLY = {
     **dict.fromkeys(("train_clips", "test_clips", "seed"), ("motions",)),
     **dict.fromkeys(("load_size", "direction"), _TRANSLATION),
     "reference": ("unpaired",),
+    "samples": ("hf", "rendered_shadows"),
+    **dict.fromkeys(("short_side", "test_size", "mask_above", "targets"), _SHADOWS),
+    "threshold": ("shadow_frames",),
 }
 
 
@@ -52,7 +57,8 @@ class DataOptions:
         label_column: hf: by default the first column of named classes.
         classes: hf: the classes' names, or how many there are; for labels without names.
         streaming: hf: read while training, for sets that don't fit on the disk.
-        samples: streaming: the number of training images, where the set doesn't say it.
+        samples: streaming: the number of training images, where the set doesn't say it;
+            rendered_shadows: how many make an epoch, None: 400.
         buffer: streaming: each reader shuffles among so many images; None: 1,000.
         frames: clips: how many frames the network sees; None: 16, and 8 of motions.
         stride: clips: every so many frames of a video or folder are taken; None: 1.
@@ -64,6 +70,13 @@ class DataOptions:
         direction: translation: AtoB, or BtoA to learn the other way; None: AtoB.
         reference: unpaired: the real images that an FID compares with, train+test or test; None:
             train+test.
+        short_side: shadows: the least and most of a training photo's shorter side ahead of the
+            crop, in pixels; None: from the crop's longer side to 479/256 of it, 400 to 479 for SRD.
+        test_size: shadows: (H, W) of held-out photos, or one number for both, or native; None: 256.
+        mask_above: shadows: share of white from which on a mask's level is shadow; None: 0.5.
+        targets: shadows: false trains without shadow-free photos, which aren't looked for then.
+        threshold: shadow_frames: by more than so many grey levels a pixel varies where a shadow
+            moves; None: 80.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -94,6 +107,11 @@ class DataOptions:
     load_size: tuple[int, int] | None = None
     direction: str | None = None
     reference: str | None = None
+    short_side: tuple[int, int] | None = None
+    test_size: tuple[int, int] | Literal["native"] | None = None
+    mask_above: float | None = None
+    targets: bool | None = None
+    threshold: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -114,6 +132,11 @@ class DataOptions:
             "seed": _whole("seed", self.seed, 0),
             "load_size": _size("load_size", self.load_size),
             **{name: _choice(name, getattr(self, name)) for name in _CHOICES},
+            "short_side": _size("short_side", self.short_side),
+            "test_size": _test_size(self.test_size),
+            "mask_above": _share("mask_above", self.mask_above),
+            "targets": None if self.targets is None else _truth("targets", self.targets),
+            "threshold": _whole("threshold", self.threshold, 1),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -121,11 +144,12 @@ class DataOptions:
             raise _wrong("std", list(self.std), "numbers above 0")
         for name, sets in _ONLY.items():
             value = getattr(self, name)
-            if value not in (None, False) and self.name not in sets:
+            given = value is not None and (value is not False or name == "targets")
+            if given and self.name not in sets:
                 known = " or ".join(sets)
                 raise _wrong(name, value, f"it only for {known} data, not for {self.name}")
         for name in _STREAMING:
-            if getattr(self, name) and not self.streaming:
+            if getattr(self, name) and self.name == "hf" and not self.streaming:
                 raise _wrong(name, getattr(self, name), "it only beside streaming: true")
 
     @classmethod
@@ -231,6 +255,18 @@ def _size(name: str, value: object) -> tuple[int, int] | None:
     if len(whole) != 2 or len(sides) != 2:
         raise _wrong(name, value, "pixels, one whole number or [H, W], at least 1")
     return whole[0], whole[1]
+
+
+def _test_size(value: object) -> tuple[int, int] | str | None:
+    return "native" if value == "native" else _size("test_size", value)
+
+
+def _share(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise _wrong(name, value, "a share of at least 0 and below 1")
+    return float(value)
 
 
 def _numbers(name: str, value: object) -> tuple[float, ...] | None:

@@ -15,12 +15,16 @@ from tenfold.data.labelled import LabelledData
 from tenfold.data.motions import motions
 from tenfold.data.npz import npz
 from tenfold.data.options import DataOptions
+from tenfold.data.rendered_shadows import rendered_shadows
+from tenfold.data.shadow_folders import triplets
+from tenfold.data.shadow_frames import shadow_frames
+from tenfold.data.shadows import ShadowData
 from tenfold.data.translation import TranslationData
 from tenfold.data.translation_folders import pairs, unpaired
 from tenfold.data.video import video
 from tenfold.errors import UserError, unknown_name
 
-__all__ = ["create", "create_translation", "names"]
+__all__ = ["create", "create_shadows", "create_translation", "names"]
 
 _SETS: dict[str, tuple[str, Callable[[DataOptions], LabelledData]]] = {
     "digits": ("1,797 handwritten digits, 8x8, 10 classes; comes with scikit-learn", digits),
@@ -51,10 +55,26 @@ _TRANSLATION: dict[str, tuple[str, Callable[[DataOptions], TranslationData]]] = 
     ),
 }
 
+_SHADOWS: dict[str, tuple[str, Callable[[DataOptions], ShadowData]]] = {
+    "triplets": (
+        "your photos with shadows, masks and shadow-free photos: triplets:PATH as ISTD, AISTD or "
+        "SRD",
+        triplets,
+    ),
+    "rendered_shadows": (
+        "shadows rendered into scikit-image's photos, 400 samples an epoch, 96x96",
+        rendered_shadows,
+    ),
+    "shadow_frames": (
+        "your clips of moving shadows: shadow_frames:PATH with <clip>/* and masks/<clip>/*",
+        shadow_frames,
+    ),
+}
+
 
 def names() -> dict[str, str]:
     """Return the names of all data sets, each with one line that describes it."""
-    return {name: text for name, (text, _) in (_SETS | _TRANSLATION).items()}
+    return {name: text for name, (text, _) in _all().items()}
 
 
 def create(spec: str | Mapping[str, object]) -> LabelledData:
@@ -78,6 +98,12 @@ def create(spec: str | Mapping[str, object]) -> LabelledData:
             f"data {options.name} serves task translation: expected labelled data, such as "
             f"{', '.join(list(_SETS)[:4])}; choose one of them, or write task: translation"
         )
+    if options.name in _SHADOWS:
+        raise UserError(
+            f"data {options.name} serves tasks shadow_removal and shadow_synthesis: expected "
+            f"labelled data, such as {', '.join(list(_SETS)[:4])}; choose one of them, or another "
+            "task"
+        )
     if options.name not in _SETS:
         raise unknown_name("data set", options.name, names())
     _, build = _SETS[options.name]
@@ -100,7 +126,43 @@ def create_translation(spec: str | Mapping[str, object]) -> TranslationData:
             f"data {options.name} has labels and one domain: expected {', '.join(_TRANSLATION)} "
             "for task translation; choose one of them, or another task"
         )
+    if options.name in _SHADOWS:
+        raise UserError(
+            f"data {options.name} has photos with shadows: expected {', '.join(_TRANSLATION)} for "
+            "task translation; choose one of them, or another task"
+        )
     if options.name not in _TRANSLATION:
         raise unknown_name("data set", options.name, names())
     _, build = _TRANSLATION[options.name]
     return build(options)
+
+
+def create_shadows(spec: str | Mapping[str, object]) -> ShadowData:
+    """Build a data set of photos with shadows.
+
+    Args:
+        spec: as for `create`.
+
+    Raises:
+        UserError: an unknown name or option, a wrong value, data that isn't as it should be, or a
+            set without shadows.
+
+    Example:
+        >>> data = create_shadows({"name": "rendered_shadows", "size": 64})
+        >>> data.train_size, data.test_size, data.shape
+        (400, 32, (3, 64, 64))
+    """
+    options = DataOptions.parse(spec)
+    if options.name in _SETS or options.name in _TRANSLATION:
+        raise UserError(
+            f"data {options.name} has no photos with shadows: expected {', '.join(_SHADOWS)} for "
+            "tasks shadow_removal and shadow_synthesis; choose one of them, or another task"
+        )
+    if options.name not in _SHADOWS:
+        raise unknown_name("data set", options.name, names())
+    _, build = _SHADOWS[options.name]
+    return build(options)
+
+
+def _all() -> dict[str, tuple[str, object]]:
+    return {**_SETS, **_TRANSLATION, **_SHADOWS}

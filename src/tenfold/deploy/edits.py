@@ -11,6 +11,7 @@ file can't name anything else:
                  points, short, channels_last, bias, add, activation, pool
     WinogradConv3d  see `winograd_edits`
     PackedGenerator  a whole generator is one kernel: program, size, epsilon, multiple
+    PackedLABNet  a whole LAB-Net is run by kernels: width, attention_size
     Replaced     nodes of the fused graph that kernels of ours compute: nodes, their names and kinds
     Quantized…   a layer has integer weights: see `quantized_edits`
 """
@@ -26,7 +27,13 @@ from torch import Tensor, nn
 from tenfold.deploy.candidates import replace_layers
 from tenfold.deploy.fold import remove_norm
 from tenfold.deploy.fuse import NO_POOL, Epilogue
-from tenfold.deploy.generators import PACKED_GENERATOR, replayed
+from tenfold.deploy.generators import (
+    PACKED_GENERATOR,
+    PACKED_LABNET,
+    Packed,
+    packed_kind,
+    replayed,
+)
 from tenfold.deploy.generators import packed_arguments as generator_arguments
 from tenfold.deploy.quantized_edits import QUANTIZED_EDITS, quantized_layer
 from tenfold.deploy.winograd_edits import (
@@ -39,7 +46,6 @@ from tenfold.deploy.winograd_edits import (
 from tenfold.errors import UserError
 from tenfold.kernels import nm
 from tenfold.nn.packed import NMConv2d, NMLinear, PackedLayer
-from tenfold.nn.packed_generator import PackedGenerator
 from tenfold.nn.packing import pack_nm, unpack_nm
 from tenfold.nn.winograd_packed import PackedWinogradConv3d
 
@@ -48,7 +54,7 @@ __all__ = ["EDITS", "describe_edits", "from_stored", "replaced_nodes", "replay",
 _PACKED: dict[str, type[NMConv2d] | type[NMLinear]] = {"NMConv2d": NMConv2d, "NMLinear": NMLinear}
 EDITS = (
     "FoldedNorm", "Bias", "Replaced", *_PACKED, PACKED_WINOGRAD, WINOGRAD, PACKED_GENERATOR,
-    *QUANTIZED_EDITS,
+    PACKED_LABNET, *QUANTIZED_EDITS,
 )  # fmt: skip
 
 
@@ -87,8 +93,8 @@ def describe_edits(
                 arguments = {**packed_arguments(other), "pool": list(epilogue.pool)}
             arguments |= {"add": epilogue.add, "activation": epilogue.activation}
             edits.append(_edit(name, type(other).__name__, arguments))
-        elif isinstance(other, PackedGenerator):
-            edits.append(_edit(name, PACKED_GENERATOR, generator_arguments(other)))
+        elif isinstance(other, Packed):
+            edits.append(_edit(name, packed_kind(other), generator_arguments(other)))
         elif (
             other is not None
             and "bias" in module._parameters
@@ -132,8 +138,8 @@ def replay(
             )
             network = replace_layers(network, {name: packed})
             epilogues[name] = _epilogue(name, arguments)
-        elif kind == PACKED_GENERATOR:
-            network = replace_layers(network, {name: replayed(module, name, arguments)})
+        elif kind in (PACKED_GENERATOR, PACKED_LABNET):
+            network = replace_layers(network, {name: replayed(kind, module, name, arguments)})
         elif kind in QUANTIZED_EDITS:
             network = _put(network, module, quantized_layer(kind, module, name, arguments))
         elif kind == "FoldedNorm" and name and remove_norm(network, module):

@@ -1,7 +1,7 @@
-"""Put one kernel in the place of whole generators, where that is faster.
+"""Put kernels of ours in the place of whole generators and shadow removers, where that is faster.
 
-A generator is `ResNetGenerator` or `MobileResNetGenerator`, the network itself or a part of it. Its
-layers are no candidates for anything else then.
+A generator is `ResNetGenerator` or `MobileResNetGenerator`, a remover `LABNet`, the network itself
+or a part of it. Its layers are no candidates for anything else then.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from tenfold.deploy.plan import LayerChoice
 from tenfold.errors import UserError
 from tenfold.measure.inputs import run_once
 from tenfold.nn.generators import ResNetGenerator
+from tenfold.nn.labnet import LABNet
 from tenfold.nn.packed_generator import PackedGenerator, unpackable_generator
+from tenfold.nn.packed_labnet import PackedLABNet, unpackable_labnet
 
-__all__ = ["PACKED_GENERATOR", "Generators", "pack_generators", "packed_arguments", "replayed"]
+__all__ = [
+    "PACKED_GENERATOR", "PACKED_LABNET", "Generators", "Packed", "pack_generators",
+    "packed_arguments", "packed_kind", "replayed",
+]  # fmt: skip
 
-PACKED_GENERATOR = "PackedGenerator"
+PACKED_GENERATOR, PACKED_LABNET = "PackedGenerator", "PackedLABNet"
+
+Packed = PackedGenerator | PackedLABNet
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,24 @@ def pack_generators(
     Raises:
         UserError: the network fails on the inputs.
     """
-    found = {n: m for n, m in network.named_modules() if isinstance(m, ResNetGenerator)}
+    found = {n: m for n, m in network.named_modules() if isinstance(m, ResNetGenerator | LABNet)}
     if not found or target.device.type != "cpu":
         return Generators(network)
-    shapes = _shapes(network, inputs, found)
+    calls = _calls(network, inputs, found)
     rows, fresh, network_ms = [], dict[str, nn.Module](), dict[str, float]()
     for name, generator in found.items():
-        shape, reason = shapes[name]
-        reason = reason or unpackable_generator(generator)
+        given, reason = calls[name]
+        reason = reason or _unpackable(generator)
         if reason is None and choose == "dense":
             reason = "dense was asked for"
         if reason is None and choose == "time" and target.missing:
             reason = "no kernels for it here"
         dense_ms = packed_ms = None
         if reason is None:
-            packed = PackedGenerator.from_network(generator)
+            packed = _pack(generator)
             times: Mapping[str, float] = {}
             if choose == "time":
-                assert shape is not None
-                times = _time(generator, packed, shape)
+                times = _time(generator, packed, given)
                 packed_ms = times["packed"]
                 dense_ms = min(ms for form, ms in times.items() if form != "packed")
             if not times or times["packed"] < dense_ms:  # type: ignore[operator]
@@ -99,7 +105,7 @@ def pack_generators(
             LayerChoice(
                 name,
                 type(generator).__name__,
-                input=shape,
+                input=tuple(given[0].shape) if given else None,
                 dense_ms=dense_ms,
                 packed_ms=packed_ms,
                 chosen="packed" if name in fresh else "dense",
@@ -114,8 +120,15 @@ def pack_generators(
     return Generators(made, (*rows,), network_ms)
 
 
-def packed_arguments(layer: PackedGenerator) -> dict[str, Any]:
-    """Return the arguments of the edit that puts a packed generator in its place."""
+def packed_kind(layer: Packed) -> str:
+    """Return the type of the edit that puts a packed network in its place."""
+    return PACKED_GENERATOR if isinstance(layer, PackedGenerator) else PACKED_LABNET
+
+
+def packed_arguments(layer: Packed) -> dict[str, Any]:
+    """Return the arguments of the edit that puts a packed network in its place."""
+    if isinstance(layer, PackedLABNet):
+        return {"width": layer.width, "attention_size": list(layer.attention_size)}
     return {
         "program": list(layer.program),
         "size": len(layer.weights),
@@ -124,17 +137,24 @@ def packed_arguments(layer: PackedGenerator) -> dict[str, Any]:
     }
 
 
-def replayed(module: nn.Module, name: str, arguments: Mapping[str, Any]) -> PackedGenerator:
-    """Return an unfilled packed generator for an edit.
+def replayed(kind: str, module: nn.Module, name: str, arguments: Mapping[str, Any]) -> Packed:
+    """Return an unfilled packed network for an edit.
 
     Raises:
         UserError: another module is there, or arguments that can't be.
     """
-    if not isinstance(module, ResNetGenerator):
+    if not isinstance(module, ResNetGenerator if kind == PACKED_GENERATOR else LABNet):
         raise UserError(
-            f"{PACKED_GENERATOR} of {name or 'the model'} doesn't fit: the network has "
+            f"{kind} of {name or 'the model'} doesn't fit: the network has "
             f"{type(module).__name__} there"
         )
+    if isinstance(module, LABNet):
+        own = {"width": module.width, "attention_size": list(module.attention_size)}
+        if arguments != own:
+            raise UserError(
+                f"{kind} of {name or 'the model'} has {dict(arguments)}, and the network {own}"
+            )
+        return PackedLABNet(module.width, module.attention_size)
     program, size, epsilon, multiple = (
         arguments.get(key) for key in ("program", "size", "epsilon", "multiple")
     )
@@ -147,25 +167,41 @@ def replayed(module: nn.Module, name: str, arguments: Mapping[str, Any]) -> Pack
     return PackedGenerator(program, size, epsilon, multiple)
 
 
-def _shapes(
+def _unpackable(network: nn.Module) -> str | None:
+    is_generator = isinstance(network, ResNetGenerator)
+    return unpackable_generator(network) if is_generator else unpackable_labnet(network)
+
+
+def _pack(network: nn.Module) -> Packed:
+    is_generator = isinstance(network, ResNetGenerator)
+    return (PackedGenerator if is_generator else PackedLABNet).from_network(network)
+
+
+def _calls(
     network: nn.Module, inputs: tuple[Tensor, ...], found: Mapping[str, nn.Module]
-) -> dict[str, tuple[tuple[int, ...] | None, str | None]]:
-    """Return each generator's first input shape, and what speaks against packing in its calls."""
-    shapes: dict[str, tuple[tuple[int, ...] | None, str | None]] = dict.fromkeys(
-        found, (None, "not called with the example inputs")
+) -> dict[str, tuple[tuple[Tensor, ...], str | None]]:
+    """Return each one's inputs at its first call, and what speaks against packing in its calls."""
+    calls: dict[str, tuple[tuple[Tensor, ...], str | None]] = dict.fromkeys(
+        found, ((), "not called with the example inputs")
     )
 
-    def record(name: str, args: tuple[Any, ...]) -> None:
-        x = args[0] if len(args) == 1 else None
-        if not isinstance(x, Tensor):
-            shapes[name] = None, "it isn't called with one tensor"
-        elif x.dtype != torch.float32:
-            shapes[name] = tuple(x.shape), f"its input is {x.dtype}"
-        elif shapes[name][0] is None:
-            shapes[name] = tuple(x.shape), None
+    def record(
+        name: str, module: nn.Module, args: tuple[Any, ...], more: Mapping[str, Any]
+    ) -> None:
+        wanted = "one tensor" if isinstance(module, ResNetGenerator) else "codes and masks"
+        number = (1,) if isinstance(module, ResNetGenerator) else (2, 3)
+        if more or len(args) not in number or not all(isinstance(x, Tensor) for x in args):
+            calls[name] = (), f"it isn't called with {wanted}"
+        elif args[0].dtype != torch.float32:
+            calls[name] = args, f"its input is {args[0].dtype}"
+        elif not calls[name][0]:
+            calls[name] = args, None
 
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: record(name, args))
+        module.register_forward_pre_hook(
+            lambda module, args, more, name=name: record(name, module, args, more),
+            with_kwargs=True,
+        )
         for name, module in found.items()
     ]
     try:
@@ -173,14 +209,11 @@ def _shapes(
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return calls
 
 
-def _time(
-    generator: nn.Module, packed: PackedGenerator, shape: tuple[int, ...]
-) -> dict[str, float]:
-    """Return the milliseconds of a generator in each form, timed in alternation."""
-    x = 2 * torch.rand(shape) - 1
-    last = copy.deepcopy(generator).to(memory_format=torch.channels_last)
-    forms = {"packed": packed, "dense": generator, "dense, channels_last": last}
-    return time_networks(forms, (x,))
+def _time(network: nn.Module, packed: Packed, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the milliseconds of a network in each form, timed in alternation."""
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    forms = {"packed": packed, "dense": network, "dense, channels_last": last}
+    return time_networks(forms, inputs)

@@ -68,7 +68,8 @@ def optimize(
     it, is timed dense and packed, and the faster form is kept. So is each 3x3x3 convolution, in
     tiles of several sizes in the Winograd domain. Activations, residual additions and maximum
     pooling are fused into packed layers, and attention and pooling beside them go to kernels of
-    ours where those are faster. A ResNet or mobile ResNet generator of images becomes one kernel.
+    ours where those are faster. A ResNet or mobile ResNet generator of images becomes one kernel,
+    and a LAB-Net is run by kernels as a whole.
     The result takes any batch and image size that the model takes.
     On a CUDA device 2:4 layers in float16 or bfloat16 go to the sparse tensor cores.
 

@@ -54,6 +54,7 @@ def lab_loss(
     perceptual: float = 1.0,
     gradient: float = 10.0,
     mse: float = 100.0,
+    weight: Tensor | None = None,
 ) -> LabLoss:
     """Return the loss between LAB codes, in float32 at least.
 
@@ -65,6 +66,8 @@ def lab_loss(
         perceptual: weight of L_perc.
         gradient: weight of L_grad; short runs learn better with 0.
         mse: weight of L_mse.
+        weight: of each pixel in the means of phi_0, L_grad and L_mse, `(B, 1, H, W)`; None: all
+            count alike, as published.
 
     Raises:
         UserError: codes of two shapes, or another number of maps.
@@ -74,9 +77,9 @@ def lab_loss(
     [136.0, 1.0, 3.5, 1.0]
     """
     parts = (
-        perceptual_loss(output, target, extractor),
-        gradient_loss(output, target),
-        (_wide(output) - _wide(target)).square().mean(),
+        perceptual_loss(output, target, extractor, weight),
+        gradient_loss(output, target, weight),
+        _mean((_wide(output) - _wide(target)).square(), weight),
     )
     total = perceptual * parts[0] + gradient * parts[1] + mse * parts[2]
     return LabLoss(total, *parts)
@@ -93,8 +96,13 @@ def sobel(x: Tensor) -> Tensor:
     return functional.conv2d(x, kernels, padding=1, groups=x.shape[1])
 
 
-def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
+def gradient_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return L_grad, the mean absolute difference of both Sobel gradients, summed.
+
+    Args:
+        output: `(B, 3, H, W)`.
+        target: likewise.
+        weight: of each pixel, `(B, 1, H, W)`.
 
     Raises:
         UserError: images of two shapes.
@@ -102,30 +110,41 @@ def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
     _check(output, target)
     # Sobel is linear: one convolution of the difference does.
     with torch.autocast(output.device.type, enabled=False):
-        return 2 * sobel(_wide(output) - _wide(target)).abs().mean()
+        return 2 * _mean(sobel(_wide(output) - _wide(target)).abs(), weight)
 
 
-def perceptual_loss(output: Tensor, target: Tensor, extractor: Extractor | None = None) -> Tensor:
+def perceptual_loss(
+    output: Tensor,
+    target: Tensor,
+    extractor: Extractor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Return L_perc: phi_0 always, and phi_1 to phi_5 when there is an extractor.
+
+    Args:
+        output: `(B, 3, H, W)`.
+        target: likewise.
+        extractor: see `lab_loss`.
+        weight: of each pixel in phi_0, `(B, 1, H, W)`.
 
     Raises:
         UserError: images of two shapes, or another number of maps.
     """
     _check(output, target)
-    total = (_wide(output) - _wide(target)).abs().mean()
+    total = _mean((_wide(output) - _wide(target)).abs(), weight)
     if extractor is None:
         return total
     maps = extractor(output)
     with torch.no_grad():
         true = extractor(target)
-    weights = STAGE_WEIGHTS[1:]
-    if len(maps) != len(weights) or len(true) != len(weights):
+    divisors = STAGE_WEIGHTS[1:]
+    if len(maps) != len(divisors) or len(true) != len(divisors):
         raise UserError(
-            f"the extractor gave {len(maps)} maps: expected {len(weights)}, phi_1 to phi_5; see "
+            f"the extractor gave {len(maps)} maps: expected {len(divisors)}, phi_1 to phi_5; see "
             "VggCuts"
         )
-    for weight, ours, theirs in zip(weights, maps, true, strict=True):
-        total = total + (_wide(ours) - _wide(theirs)).abs().mean() / weight
+    for divisor, ours, theirs in zip(divisors, maps, true, strict=True):
+        total = total + (_wide(ours) - _wide(theirs)).abs().mean() / divisor
     return total
 
 
@@ -178,6 +197,12 @@ def _check(output: Tensor, target: Tensor) -> None:
             f"a loss between codes of shapes {tuple(output.shape)} and {tuple(target.shape)}: "
             "expected (B, 3, H, W) twice"
         )
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return values.mean()
+    return (values * weight).sum() / (weight.sum() * values.shape[1])
 
 
 def _wide(x: Tensor) -> Tensor:

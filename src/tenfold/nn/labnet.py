@@ -32,7 +32,6 @@ __all__ = ["LEAST_SIDE", "LABNet"]
 
 LEAST_SIDE = max(max(stage) for stage in STAGES) + 1  # a border reflects at most side - 1 pixels
 _OUTSIDE = 0.5  # how far beyond 0 and 1 a code may lie before it is no code
-_START = 0.05  # of the last convolutions of the branches, in an identity start
 
 
 class LABNet(nn.Module):
@@ -133,14 +132,15 @@ class LABNet(nn.Module):
 
     @torch.no_grad()
     def identity_start(self) -> None:
-        """Make the network give its input back, nearly: short runs start from there.
+        """Make the network give its input back: short runs start from there.
 
-        A plain start is far off: it would spend a short run on finding the image again.
+        A plain start is far off: it would spend a short run on finding the image again. The last
+        convolutions of the branches start at zero and learn first, the others behind them.
         """
         nn.init.dirac_(self.last.conv.weight)
         for block in (self.block7, self.block8):
             for parameter in block.out.conv.parameters():
-                parameter.mul_(_START)
+                parameter.zero_()
         for bias in (parameter for parameter in self.last.parameters() if parameter.ndim == 1):
             bias.zero_()
 
@@ -198,7 +198,8 @@ class LABNet(nn.Module):
                 )
         return dict(zip(own, found.values(), strict=True))
 
-    def check(self, lab_codes: Tensor, mask: Tensor, ring: Tensor | None = None) -> None:
+    @staticmethod
+    def check(lab_codes: Tensor, mask: Tensor, ring: Tensor | None = None) -> None:
         """Refuse input that the network can't take. Shapes are told in traced graphs, too.
 
         Raises:

@@ -22,6 +22,7 @@ two forms with the same result:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -47,6 +48,7 @@ __all__ = [
 # Scores of a block: what fits a core's cache, and what keeps a GPU busy.
 _BLOCK_SCORES = {"cpu": 1 << 18}
 _BLOCK_SCORES_ELSEWHERE = 1 << 24
+_LARGEST_SIDE = 4096  # of an image in an exported graph, and one more
 _DENSE_SCORES = 1 << 24  # of a block of an exported graph: 64 MB in float32
 
 
@@ -70,7 +72,9 @@ def dilate(mask: Tensor, size: int = 11) -> Tensor:
     """
     if size < 1 or size % 2 == 0:
         raise UserError(f"a dilation of size {size}: expected an odd size, such as 11")
-    return functional.max_pool2d(mask, size, stride=1, padding=size // 2)
+    border = size // 2  # a square is a row of a column: two passes in half the time
+    rows = functional.max_pool2d(mask, (size, 1), stride=1, padding=(border, 0))
+    return functional.max_pool2d(rows, (1, size), stride=1, padding=(0, border))
 
 
 def ring_of(mask: Tensor, size: int = 11) -> Tensor:
@@ -274,6 +278,8 @@ class RingAttention(nn.Module):
         self.query = Conv(width, channels, 3)
         self.key = Conv(width, channels, 3)
         self.merge = Conv(width + channels, width, 1)
+        for side in size:
+            _quotients(side)  # made here, as an exporter would trace how
 
     def forward(self, features: Tensor, mask: Tensor, ring: Tensor) -> Tensor:
         """Map features `(B, C, H, W)` to the same shape.
@@ -318,6 +324,23 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _nearest(given: int, wanted: int, device: torch.device) -> Tensor:
-    """Return the places that PyTorch's nearest neighbour takes, which it finds in float32."""
-    places = torch.arange(wanted, dtype=torch.float32, device=device) * (given / wanted)
+    """Return the places that PyTorch's nearest neighbour takes, which it finds in float32.
+
+    In an exported graph one of the sizes may be a symbol. OpenVINO doesn't round a quotient as
+    PyTorch does, which moves places that fall on a pixel's edge; so quotients are looked up.
+    """
+    scale: float | Tensor = given / wanted
+    if not isinstance(wanted, int):
+        scale = _quotients(given)[0].to(device).index_select(0, torch.full((1,), wanted))
+    elif not isinstance(given, int):
+        scale = _quotients(wanted)[1].to(device).index_select(0, torch.full((1,), given))
+    places = torch.arange(wanted, dtype=torch.float32, device=device) * scale
     return places.floor().long().clamp_max(given - 1)
+
+
+@functools.cache
+def _quotients(side: int) -> tuple[Tensor, Tensor]:
+    """Return side / n and n / side in float32, for n from 0 to 4095."""
+    sides = torch.arange(_LARGEST_SIDE, dtype=torch.float32)
+    whole = torch.full_like(sides, side)  # a number over a tensor would be its reciprocal's product
+    return whole / sides.clamp(min=1), sides / whole

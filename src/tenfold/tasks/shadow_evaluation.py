@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.data.decode import BadImage
 from tenfold.errors import UserError
-from tenfold.measure.shadow_errors import (
-    FIGURES,
-    REGIONS,
-    ShadowErrors,
-    shadow_errors,
-    shadow_masks,
-)
-from tenfold.tasks.shadow_files import Matched, Sample, match_folders, read_sample
+from tenfold.measure.shadow_errors import FIGURES, REGIONS, ShadowErrors, shadow_masks
+from tenfold.tasks.shadow_comparison import MaskRule, compare_photos
+from tenfold.tasks.shadow_files import match_folders
 
 __all__ = ["ShadowEvaluation", "check_json", "evaluate_shadows", "parse_size", "write_json"]
 
@@ -41,8 +34,6 @@ COLOURS = "sRGB to LAB under D65 (MATLAB's srgb2lab takes D50, about 2 % larger)
 HEADS = ('LAB MAE ("RMSE" in papers)', "LAB RMSE", "PSNR", "SSIM")
 DIGITS = (2, 2, 2, 4)
 SHOWN = 5
-BATCH = 16
-BATCH_PIXELS = BATCH * 256 * 256
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ def evaluate_shadows(
         dilate: grow the masks by so many pixels, at the size of the evaluation.
         skip_unmatched: leave out files without partners.
         skip_bad: leave out photos of which a file can't be read.
-        workers: threads that decode; by default one a processor.
+        workers: threads that read and compare; by default one a processor.
 
     Raises:
         UserError: folders that don't match, files that can't be compared, or options out of range.
@@ -144,13 +135,16 @@ def evaluate_shadows(
     if input is not None:
         folders["input"] = input
     matched, orphans = match_folders(folders, skip_unmatched)
-    figures, names, unread = _Figures(mask_above, dilate), list[str](), list[str]()
-    for batch in _batches(_samples(matched, wanted, workers, unread if skip_bad else None)):
-        figures.add(batch)
-        names += [sample.name for sample in batch]
-    if not names:
+    unread = list[str]()
+    rule = MaskRule(mask_above, dilate)
+    found = list(compare_photos(matched, wanted, rule, workers, unread if skip_bad else None))
+    if not found:
         raise UserError(f"none of {len(matched)} photos could be read: {unread[0]}")
-    errors = ShadowErrors.joined(figures.errors)
+    names = tuple(one.name for one in found)
+    errors = ShadowErrors.joined([one.errors for one in found])
+    untouched = [one.untouched for one in found if one.untouched is not None]
+    shadow, _, pixels = errors.pixels.sum(0).tolist()
+    converted = collections.Counter(text for one in found for text in one.notes)
     notes = [f"left out, without partners: {_some(orphans)}"] if orphans else []
     notes += [f"left out, unreadable: {_some(unread)}"] if unread else []
     jpegs = sum(one.files["masks"].suffix.lower() in (".jpg", ".jpeg") for one in matched)
@@ -158,14 +152,14 @@ def evaluate_shadows(
         notes.append(
             f"{jpegs} masks are JPEG: noise counts as shadow; mask_above 0.5 leaves it out"
         )
-    notes += [f"{text} ({n} photo{'s' * (n > 1)})" for text, n in figures.notes.items()]
+    notes += [f"{text} ({n} photo{'s' * (n > 1)})" for text, n in converted.items()]
     return ShadowEvaluation(
         folders={role: os.fspath(folder) for role, folder in folders.items()},
         protocol=_protocol(wanted, mask_above, dilate),
-        names=tuple(names),
+        names=names,
         errors=errors,
-        untouched=ShadowErrors.joined(figures.untouched) if input is not None else None,
-        shadow_share=figures.shadow / figures.pixels,
+        untouched=ShadowErrors.joined(untouched) if untouched else None,
+        shadow_share=shadow / pixels,
         notes=(*notes, *_notes_on(errors, names)),
     )
 
@@ -232,84 +226,6 @@ def write_json(
     finally:
         draft.unlink(missing_ok=True)
     return path
-
-
-# -- reading ahead, batch by batch -----------------------------------------------------------------
-
-
-def _samples(
-    matched: Sequence[Matched],
-    size: tuple[int, int] | None,
-    workers: int | None,
-    unread: list[str] | None,
-) -> Iterator[Sample]:
-    """Yield the photos in order, read ahead by threads; Pillow decodes without Python's lock."""
-    workers = workers or os.cpu_count() or 1
-    waiting: collections.deque[Future[Sample]] = collections.deque()
-    todo = iter(matched)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                while len(waiting) < 2 * workers + BATCH and (one := next(todo, None)):
-                    waiting.append(pool.submit(read_sample, one, size))
-                if not waiting:
-                    return
-                try:
-                    sample = waiting.popleft().result()
-                except BadImage as error:
-                    if unread is None:
-                        raise UserError(f"{error}, or leave it out with --skip_bad") from None
-                    unread.append(f"{error.name}: {error.reason}")
-                    continue
-                yield sample
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    """Yield runs of photos of one size, no more pixels at a time than fit."""
-    batch: list[Sample] = []
-    for sample in samples:
-        if batch and (
-            batch[0].levels.shape != sample.levels.shape
-            or (len(batch) + 1) * sample.levels.numel() > BATCH_PIXELS
-        ):
-            yield batch
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield batch
-
-
-class _Figures:
-    """What batches add up to.
-
-    Args:
-        mask_above: the mask rule.
-        dilate: pixels that masks grow by.
-    """
-
-    def __init__(self, mask_above: float, dilate: int) -> None:
-        self._rule = (mask_above, dilate)
-        self.errors: list[ShadowErrors] = []
-        self.untouched: list[ShadowErrors] = []
-        self.shadow = self.pixels = 0
-        self.notes: collections.Counter[str] = collections.Counter()
-
-    def add(self, batch: Sequence[Sample]) -> None:
-        """Compare the photos of a batch."""
-        pictures = {
-            role: torch.stack([sample.pictures[role] for sample in batch])
-            for role in batch[0].pictures
-        }
-        masks = shadow_masks(torch.stack([sample.levels for sample in batch]), *self._rule)
-        self.errors.append(shadow_errors(pictures["results"], pictures["ground truth"], masks))
-        if "input" in pictures:
-            self.untouched.append(shadow_errors(pictures["input"], pictures["ground truth"], masks))
-        self.shadow += int(masks.sum())
-        self.pixels += masks.numel()
-        for sample in batch:
-            self.notes.update(sample.notes)
 
 
 # -- for a person ----------------------------------------------------------------------------------

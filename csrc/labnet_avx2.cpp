@@ -1,0 +1,2 @@
+#define TENFOLD_ISA avx2
+#include "labnet.inc"

@@ -1,0 +1,2 @@
+#define TENFOLD_ISA avx512
+#include "labnet.inc"

@@ -1,0 +1,2 @@
+#define TENFOLD_ISA portable
+#include "labnet.inc"
