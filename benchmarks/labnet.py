@@ -146,7 +146,7 @@ def make_network(name: str, codes: Tensor, mask: Tensor) -> LABNet:
     width, size, spare = NETWORKS[name]
     torch.manual_seed(0)
     network = LABNet(width, size).eval().requires_grad_(False)
-    network.identity_start()
+    nn.init.dirac_(network.last.conv.weight)
     if spare > 1:
         for module in network.modules():
             if isinstance(module, nn.Conv2d) and module.weight.shape[1] % spare == 0:

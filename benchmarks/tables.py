@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gan_tables
+import shadow_tables
 import supervit_tables
 import training_tables
 import vit_tables
@@ -314,6 +315,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "gan_step_dcd": gan_tables.gan_step_dcd,
     "gan_step_relations": gan_tables.gan_step_relations,
     "gan_infer": gan_tables.gan_infer,
+    "shadow_training": shadow_tables.shadow_training,
+    "labnet_speed": shadow_tables.labnet_speed,
+    "shadow_speed": shadow_tables.shadow_speed,
+    "shadow_photo": shadow_tables.shadow_photo,
     "lbc_step": lbc_step,
     "lbc_memory": lbc_memory,
     "folder_startup": folder_startup,

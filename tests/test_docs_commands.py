@@ -190,7 +190,7 @@ def test_names_stand_in_their_tables():
     sets = [names_in(row[0])[0].partition(":")[0] for row in found["names: data"]]
     assert sets == list(data.names())
     augmentations = [names_in(row[0])[0] for row in found["names: augmentations"]]
-    known = data.translation_augmentations() | data.augmentations()
+    known = data.translation_augmentations() | data.augmentations() | data.shadow_augmentations()
     assert sorted(augmentations) == sorted(known)
     recipes = [names_in(row[0])[0] for row in found["names: recipes"]]
     assert sorted(recipes) == sorted(shipped())
@@ -226,4 +226,4 @@ def test_every_option_of_a_verb_stands_in_its_table(verb):
             values = action.default if isinstance(action.default, list) else [action.default]
             assert default == f"`{' '.join(str(value) for value in values)}`", action.dest
         else:
-            assert default != "required", action.dest
+            assert (default == "required") == action.required, action.dest

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.path
 SECTIONS: dict[str, dict[str, Any]] = {
     "crd": {"weight": 5.0},
     "dcd": {"weight": 0.5},
+    "hqss": {"adversarial": 0.05},
     "kcd": {"teacher": f"{NETS}:small", "stages": 2},
+    "labnet": {"guess": "ring"},
     "lbc": {"n": 2, "m": 4},
     "lts": {"bits": 4},
     "omgd": {"channel": 100.0},
@@ -115,12 +117,17 @@ def test_a_recipe_of_another_task_is_refused_before_anything_is_written(key):
 
 
 def test_every_pair_has_its_place():
-    """Pairs within translation alone run on generators, in the tests of that task."""
-    both = [pair for pair in ALL_PAIRS if all("translation" in find(k).tasks for k in pair)]
+    """Pairs within translation or shadow removal alone are run in the tests of that task."""
+    elsewhere = {
+        task: [pair for pair in ALL_PAIRS if all(task in find(k).tasks for k in pair)]
+        for task in ("translation", "shadow_removal")
+    }
+    both = itertools.chain.from_iterable(elsewhere.values())
     assert sorted({*PAIRS, *STRANGERS, *both}) == ALL_PAIRS
-    for pair in both:
-        methods = [find(key)(**SECTIONS[key]) for key in pair]
-        assert set(in_order(methods, "translation")) == set(methods)
+    for task, pairs in elsewhere.items():
+        for pair in pairs:
+            methods = [find(key)(**SECTIONS[key]) for key in pair]
+            assert set(in_order(methods, task)) == set(methods)
 
 
 def test_a_pair_that_is_refused_would_be_noticed():

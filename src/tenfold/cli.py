@@ -123,7 +123,9 @@ def _list(options: argparse.Namespace, rest: list[str]) -> None:
         "methods": described,
         "models": models.names(),
         "data": data.names(),
-        "augmentations": data.translation_augmentations() | data.augmentations(),
+        "augmentations": data.translation_augmentations()
+        | data.shadow_augmentations()
+        | data.augmentations(),
         "recipes": shipped(),
     }
     chosen = [options.what] if options.what else list(sections)
@@ -153,6 +155,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from tenfold.tasks.recipe import parse_overrides
     from tenfold.tasks.run import train
+    from tenfold.tasks.synthesis_run import SynthesisRun
     from tenfold.tasks.verbs import bench_run
 
     run = train(
@@ -166,7 +169,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     if run is None:  # not the first rank
         return
     print(run.evaluation)
-    if not options.no_bench:
+    # What paints shadows is used once, to make data: nothing is compared with it.
+    if not options.no_bench and not isinstance(run, SynthesisRun):
         print("measuring before and after on this machine …", flush=True)
         # torch.compile takes minutes to compile a large network: `tenfold bench` has it
         runtimes = ("pytorch", "onnxruntime", "openvino", "tenfold")
@@ -246,6 +250,25 @@ def _evaluate_shadows(options: argparse.Namespace, rest: list[str]) -> None:
     print(found)  # its last lines are the table
 
 
+def _synthesize(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.synthesis_verbs import synthesize_files
+
+    print(
+        synthesize_files(
+            options.run,
+            options.images,
+            options.masks,
+            options.out,
+            seed=options.seed,
+            split=options.split,
+            largest=options.largest,
+            overwrite=options.overwrite,
+            skip_bad=options.skip_bad,
+            skip_unmatched=options.skip_unmatched,
+        )
+    )
+
+
 def _bench(options: argparse.Namespace, rest: list[str]) -> None:
     from tenfold.tasks.verbs import bench_run
 
@@ -280,6 +303,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _predict(options: argparse.Namespace, rest: list[str]) -> None:
+    from tenfold.tasks.shadow_verbs import ShadowRemoved
     from tenfold.tasks.translation_verbs import Translated
     from tenfold.tasks.verbs import predict
 
@@ -291,11 +315,21 @@ def _predict(options: argparse.Namespace, rest: list[str]) -> None:
         out=options.out,
         tile=options.tile,
         overwrite=options.overwrite,
+        mask=options.mask,
+        auto_mask=options.auto_mask,
+        detector=options.detector,
+        background=options.background,
+        skip_bad=options.skip_bad,
     )
     width = max(len(prediction.file) for prediction in predictions)
     for found in predictions:
         if isinstance(found, Translated):
             print(f"{found.file:<{width}}  {found.output}")
+            continue
+        if isinstance(found, ShadowRemoved):
+            print(f"{found.file:<{width}}  {found.output or 'skipped'}  mask: {found.mask or '-'}")
+            for note in found.notes:
+                print(f"{'':<{width}}  {note}")
             continue
         shown = ", ".join(
             f"{name} {probability:.1%}"
@@ -415,6 +449,24 @@ def _parser() -> argparse.ArgumentParser:
     shadows.add_argument("--json", metavar="FILE", help="write all figures, each photo's too")
     shadows.add_argument("--overwrite", action="store_true", help="replace that file")
 
+    painting = verb(
+        "synthesize", _synthesize, "Paint shadows into photos, for triplets to train on."
+    )
+    painting.add_argument("run", metavar="RUN", help="of the task shadow_synthesis")
+    painting.add_argument("images", metavar="IMAGES", help="folder of photos with shadows")
+    painting.add_argument("--masks", metavar="FOLDER", required=True, help="of their masks")
+    painting.add_argument("--out", metavar="FOLDER", required=True, help="of the triplets")
+    painting.add_argument("--seed", type=_from_zero, default=0, help="of the shadows' shapes")
+    painting.add_argument("--split", choices=("train", "test"), default="train")
+    painting.add_argument(
+        "--largest", type=_positive, default=640, metavar="PIXELS", help="longer side of results"
+    )
+    painting.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    painting.add_argument("--skip_bad", action="store_true", help="files that can't be used")
+    painting.add_argument(
+        "--skip_unmatched", "--skip-unmatched", action="store_true", help="files without partners"
+    )
+
     timing = verb("bench", _bench, "Time a run's model against the dense one, side by side.")
     timing.add_argument("run", metavar="RUN")
     timing.add_argument("--baseline", metavar="RUN", help='the run that stands as "before"')
@@ -427,19 +479,44 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", metavar="RUN")
     reporting.add_argument("--output", metavar="FILE", help="RUN/report.html by default")
 
-    predicting = verb("predict", _predict, "Classify or translate image files, or classify clips.")
-    predicting.add_argument("run", metavar="RUN", help="a run's folder, or an artifact")
+    predicting = verb(
+        "predict", _predict, "Classify images or clips, translate photos, or remove their shadows."
+    )
+    predicting.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run's folder, an artifact, or a shadow remover's exported file",
+    )
     predicting.add_argument("files", nargs="+", metavar="FILE")
     predicting.add_argument(
         "--budget", metavar="BUDGET", help="of a SuperViT: 5ms, 1.2gmacs or 300img/s"
     )
     predicting.add_argument("--top", type=_positive, default=3, help="classes to name")
-    predicting.add_argument("--out", metavar="FOLDER", help="translated photos (RUN/predictions)")
+    predicting.add_argument(
+        "--out", metavar="FOLDER", help="photos that are made (RUN/predictions)"
+    )
     predicting.add_argument(
         "--tile", type=_positive, metavar="PIXELS", help="translate large photos in tiles"
     )
     predicting.add_argument(
-        "--overwrite", action="store_true", help="replace translated photos that are there"
+        "--overwrite", action="store_true", help="replace photos that are there"
+    )
+    predicting.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="white in shadow; or a folder of masks with the photos' names",
+    )
+    predicting.add_argument(
+        "--auto_mask", action="store_true", help="guess the mask: what is dark; often fails"
+    )
+    predicting.add_argument(
+        "--detector", metavar="NAME", help="of shadows: .onnx, file.py:function or a command"
+    )
+    predicting.add_argument(
+        "--background", metavar="COLOUR", help="of transparent photos: white, black, #rrggbb"
+    )
+    predicting.add_argument(
+        "--skip_bad", action="store_true", help="photos and masks that can't be read"
     )
     return parser
 
@@ -460,6 +537,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return value
+
+
+def _from_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

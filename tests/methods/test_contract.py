@@ -16,6 +16,7 @@ from tenfold.methods import Kind, Method, find, in_order, registry
 from tenfold.methods.schedule import Schedule
 from tenfold.nn.discriminators import PatchDiscriminator
 from tenfold.nn.generators import MobileResNetGenerator
+from tenfold.nn.hqss_networks import HQSS
 from tests import nets
 from tests.made_up import Focal, Gain, Hermit, OtherLoss
 
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.unit
 SAMPLES = {
     "crd": {"weight": 5.0},
     "dcd": {"weight": 0.5},
+    "hqss": {"pool": 10},
+    "labnet": {"guess": "ring"},
     "lbc": {"n": 2, "m": 4},
     "lts": {"bits": 4},
     "kcd": {
@@ -77,9 +80,16 @@ def generator(ngf: int = 2) -> nn.Module:
     return MobileResNetGenerator(ngf, blocks=1)
 
 
+def synthesizer() -> nn.Module:
+    """For the method that paints shadows."""
+    torch.manual_seed(0)
+    return HQSS(width=4, blocks=1, discriminator_width=4)
+
+
 NETWORKS = {
     "crd": generator,
     "dcd": generator,
+    "hqss": synthesizer,
     "omgd": generator,
     "smmix": lambda: nets.vit(4),
     "supervit": lambda: nets.supervit(4),

@@ -31,6 +31,8 @@ from tenfold.measure.inputs import (
     run_once,
 )
 from tenfold.measure.onnx_write import (
+    Draw,
+    Signature,
     at_size,
     dynamic_shapes,
     metadata_text,
@@ -108,6 +110,7 @@ def export(
     metadata: Mapping[str, Any] | None = None,
     *,
     dynamic_size: int | None = None,
+    signature: Signature | None = None,
 ) -> ExportResult:
     """Write `model` for another runtime, check it there, and return where it is.
 
@@ -129,6 +132,7 @@ def export(
         dynamic_size: The file takes images of any height and width that are multiples of this, as
             `generator.multiple` says for a generator; it is also checked at a second size. None:
             the example's size alone.
+        signature: names, bounds and the inputs to check with, for a network that needs others.
 
     Raises:
         UserError: If the model can't be exported, or the file computes something else.
@@ -138,7 +142,7 @@ def export(
     target = _target(Path(path), to)
     metadata_text(metadata)
     inputs = tuple(value.cpu() for value in as_inputs(example_inputs))
-    trace_inputs(inputs, dynamic_size)
+    trace_inputs(inputs, dynamic_size, signature)
     original = eval_copy(model).cpu()
     run_once(original, inputs, "the model")
     folded = fold_batch_norm(original, inputs)
@@ -151,8 +155,8 @@ def export(
         ) from error
     with folder as temporary:
         draft = Path(temporary) / target.name
-        _write(folded.model, draft, inputs, to, metadata, dynamic_size)
-        checks = check_runtimes(draft, to, original, inputs, dynamic_size)
+        _write(folded.model, draft, inputs, to, metadata, dynamic_size, signature)
+        checks = check_runtimes(draft, to, original, inputs, dynamic_size, signature)
         # The companions (.bin, .data) go first, so that the main file never lacks them.
         written = sorted(Path(temporary).iterdir(), key=lambda file: file.name == target.name)
         size = sum(file.stat().st_size for file in written)
@@ -167,8 +171,9 @@ def check_runtimes(
     original: nn.Module,
     inputs: tuple[Tensor, ...],
     dynamic_size: int | None = None,
+    signature: Signature | None = None,
 ) -> list[Check]:
-    """Run a file in the engines that it is meant for, at two batch sizes.
+    """Run a file in the engines that it is meant for, at two batch sizes where it takes any.
 
     Args:
         file: the exported one.
@@ -176,6 +181,7 @@ def check_runtimes(
         original: what it has to compute.
         inputs: examples.
         dynamic_size: None, or what the sides of images are multiples of: then at two sizes, too.
+        signature: may fix the batch, and draw the inputs.
 
     Raises:
         UserError: an engine can't run it, or computes something else.
@@ -192,7 +198,7 @@ def check_runtimes(
         with _named(runtime):
             runner = open_runner(file)
         for size in sizes:
-            checks += _check(runtime, runner, original, inputs, size)
+            checks += _check(runtime, runner, original, inputs, size, signature)
         del runner  # lets go of the file
     return checks
 
@@ -216,16 +222,18 @@ def _write(
     to: str,
     metadata: Mapping[str, Any] | None,
     dynamic_size: int | None,
+    signature: Signature | None,
 ) -> None:
+    sizes: dict[str, Any] = {"dynamic_size": dynamic_size, "signature": signature}
     if to == "onnx":
-        write_onnx(model, draft, inputs, metadata, dynamic_size=dynamic_size)
+        write_onnx(model, draft, inputs, metadata, **sizes)
     elif to == "openvino":
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "model.onnx"
-            write_onnx(model, onnx_file, inputs, dynamic_size=dynamic_size)
+            write_onnx(model, onnx_file, inputs, **sizes)
             _write_openvino(onnx_file, draft, metadata)
     else:
-        _write_program(model, draft, inputs, metadata, dynamic_size)
+        _write_program(model, draft, inputs, metadata, dynamic_size, signature)
 
 
 def _write_openvino(onnx_file: Path, draft: Path, metadata: Mapping[str, Any] | None) -> None:
@@ -249,15 +257,16 @@ def _write_program(
     inputs: tuple[Tensor, ...],
     metadata: Mapping[str, Any] | None,
     dynamic_size: int | None,
+    signature: Signature | None,
 ) -> None:
     text = metadata_text(metadata)
-    traced = trace_inputs(inputs, dynamic_size)
+    traced = trace_inputs(inputs, dynamic_size, signature)
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(
                 model,
                 traced,
-                dynamic_shapes=dynamic_shapes(traced, dynamic_size),
+                dynamic_shapes=dynamic_shapes(traced, dynamic_size, signature),
             )
             extra = None if text is None else {METADATA_KEY: text}
             torch.export.save(program, str(draft), extra_files=extra)
@@ -299,15 +308,21 @@ def _check(
     original: nn.Module,
     inputs: tuple[Tensor, ...],
     size: tuple[int, int] | None,
+    signature: Signature | None,
 ) -> list[Check]:
     checks = []
+    draw: Draw = random_like
+    batches: tuple[int, ...] = CHECKED_BATCHES
+    if signature is not None:
+        draw = signature.draw or random_like
+        batches = batches if signature.batch is None else (signature.batch,)
     there, name = "", "the model"
     if size is not None:
         name = "the model, which takes images of any size if dynamic_size is right,"
         there = f" and images of {size[0]}x{size[1]}"
         inputs = tuple(at_size(value, *size) if value.ndim >= 4 else value for value in inputs)
-    for batch in CHECKED_BATCHES:
-        drawn = random_like(inputs, batch, seed=batch)
+    for batch in batches:
+        drawn = draw(inputs, batch, batch)
         expected = run_once(copy.deepcopy(original), drawn, name)
         with _named(runtime), torch.no_grad():
             outputs = outputs_of(runner(*drawn))

@@ -6,7 +6,8 @@ Height and width are fixed unless asked otherwise.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from tenfold.measure.runners import METADATA_KEY
 from tenfold.nn.kernel_layer import KernelLayer
 from tenfold.nn.qdq import to_qdq
 
-__all__ = ["OPSET", "at_size", "dynamic_shapes", "metadata_text", "trace_inputs", "write_onnx"]
+__all__ = [
+    "OPSET",
+    "Draw",
+    "Signature",
+    "at_size",
+    "dynamic_shapes",
+    "metadata_text",
+    "trace_inputs",
+    "write_onnx",
+]
 
 OPSET = 20
 # One protobuf message holds 2 GB; the margin is for the graph beside the weights.
@@ -29,6 +39,28 @@ SINGLE_FILE_BYTES = 1_800_000_000
 # A traced batch of 1 would be taken as a constant, and so would a side of once the multiple.
 TRACE_BATCH = 2
 TRACE_MULTIPLES = 2
+
+Draw = Callable[[tuple[Tensor, ...], int, int], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a network is called that takes more than an image, or not every image.
+
+    Attributes:
+        inputs: their names.
+        outputs: their names.
+        least_side: of images, where height and width are dynamic.
+        batch: the only batch size that it takes; None: any.
+        draw: makes inputs to compare with, from inputs, a batch size and a seed; by default
+            standard normal ones.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    least_side: int = 1
+    batch: int | None = None
+    draw: Draw | None = None
 
 
 def write_onnx(
@@ -38,6 +70,7 @@ def write_onnx(
     metadata: Mapping[str, Any] | None = None,
     *,
     dynamic_size: int | None = None,
+    signature: Signature | None = None,
 ) -> None:
     """Write `model`, as it stands (put it in eval mode first), to the ONNX file `path`.
 
@@ -50,6 +83,7 @@ def write_onnx(
         example_inputs: Tensor `(B, ...)`, or several; B may be 1.
         metadata: JSON-able facts, stored under the key "tenfold".
         dynamic_size: height and width are dynamic too, and multiples of this; None fixes them.
+        signature: names and bounds, for networks that need others.
 
     Raises:
         UserError: If the model can't be exported, saying why.
@@ -60,9 +94,12 @@ def write_onnx(
             "optimize"
         )
     model = to_qdq(model)
-    inputs = trace_inputs(example_inputs, dynamic_size)
-    shapes = dynamic_shapes(inputs, dynamic_size)
+    inputs = trace_inputs(example_inputs, dynamic_size, signature)
+    shapes = dynamic_shapes(inputs, dynamic_size, signature)
     outputs = run_once(model, inputs, "the model")
+    names = (_names("image", len(inputs)), _names("logits", len(outputs)))
+    if signature is not None:
+        names = (list(signature.inputs), list(signature.outputs))
     text = metadata_text(metadata)
     try:
         with quiet():
@@ -72,8 +109,8 @@ def write_onnx(
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
-                input_names=_names("image", len(inputs)),
-                output_names=_names("logits", len(outputs)),
+                input_names=names[0],
+                output_names=names[1],
                 verbose=False,
                 custom_translation_table=_translations(),
             )
@@ -84,7 +121,8 @@ def write_onnx(
                 if value.shape is not None and any(
                     isinstance(value.shape[axis], int) for axis in dynamic
                 ):
-                    what = "batch size" if isinstance(value.shape[0], int) else "image size"
+                    fixed = 0 in dynamic and isinstance(value.shape[0], int)
+                    what = "batch size" if fixed else "image size"
                     raise RuntimeError(f"forward() makes the {what} a constant")
             for node in program.model.graph.all_nodes():
                 node.metadata_props.clear()  # stack traces of this machine, most of a small file
@@ -104,14 +142,19 @@ def write_onnx(
 
 
 def trace_inputs(
-    example_inputs: ExampleInputs, dynamic_size: int | None = None
+    example_inputs: ExampleInputs,
+    dynamic_size: int | None = None,
+    signature: Signature | None = None,
 ) -> tuple[Tensor, ...]:
     """Return inputs of batch 2, whatever batch was given, and sides at which none is a constant.
+
+    A signature may fix the batch, and then it is that one.
 
     Raises:
         UserError: no image among the inputs, or one whose sides are no multiples of `dynamic_size`.
     """
-    inputs = at_batch(as_inputs(example_inputs), TRACE_BATCH)
+    fixed = None if signature is None else signature.batch
+    inputs = at_batch(as_inputs(example_inputs), fixed or TRACE_BATCH)
     if dynamic_size is None:
         return inputs
     if dynamic_size < 1:
@@ -148,7 +191,9 @@ def at_size(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def dynamic_shapes(
-    inputs: tuple[Tensor, ...], dynamic_size: int | None = None
+    inputs: tuple[Tensor, ...],
+    dynamic_size: int | None = None,
+    signature: Signature | None = None,
 ) -> tuple[dict[int, Any], ...]:
     """Return the dynamic dimensions of each input, as the exporters take them.
 
@@ -156,13 +201,19 @@ def dynamic_shapes(
         inputs: from `trace_inputs`.
         dynamic_size: None: the batch alone. Else the last two dimensions of images and clips too,
             which are multiples of this; images have their size in common.
+        signature: may fix the batch, and say how small images may be.
     """
-    batch = torch.export.Dim("batch")
+    fixed = signature is not None and signature.batch is not None
+    first: dict[int, Any] = {} if fixed else {0: torch.export.Dim("batch")}
     if dynamic_size is None:
-        return tuple({0: batch} for _ in inputs)
-    height, width = (dynamic_size * torch.export.Dim(name) for name in ("height", "width"))
+        return tuple(dict(first) for _ in inputs)
+    least = -(-(1 if signature is None else signature.least_side) // dynamic_size)
+    bounds = {} if least < 2 else {"min": least}
+    height, width = (torch.export.Dim(name, **bounds) for name in ("height", "width"))
+    if dynamic_size > 1:
+        height, width = (dynamic_size * side for side in (height, width))
     return tuple(
-        {0: batch, value.ndim - 2: height, value.ndim - 1: width} if value.ndim >= 4 else {0: batch}
+        first | {value.ndim - 2: height, value.ndim - 1: width} if value.ndim >= 4 else dict(first)
         for value in inputs
     )
 

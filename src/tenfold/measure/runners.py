@@ -104,6 +104,14 @@ class OnnxModel:
         self._input_names = [entry.name for entry in self._session.get_inputs()]
 
     @property
+    def input_shapes(self) -> list[tuple[int | None, ...]]:
+        """The shapes that the file states, input by input; None where it takes any."""
+        return [
+            tuple(side if isinstance(side, int) else None for side in entry.shape)
+            for entry in self._session.get_inputs()
+        ]
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The JSON that `export` stored in the file; empty when there is none."""
         properties = self._session.get_modelmeta().custom_metadata_map

@@ -23,6 +23,19 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.crd import patches as patches
     from tenfold.methods.crd import row_strips as row_strips
     from tenfold.methods.dcd import DCD as DCD
+    from tenfold.methods.hqss import HQSS as HQSS
+    from tenfold.methods.hqss import HQSSRemover as HQSSRemover
+    from tenfold.methods.hqss import HQSSTraining as HQSSTraining
+    from tenfold.methods.hqss import Regions as Regions
+    from tenfold.methods.hqss import Synthesis as Synthesis
+    from tenfold.methods.hqss import area_loss as area_loss
+    from tenfold.methods.hqss import colour_loss as colour_loss
+    from tenfold.methods.hqss import discriminator_losses as discriminator_losses
+    from tenfold.methods.hqss import generator_losses as generator_losses
+    from tenfold.methods.hqss import light_loss as light_loss
+    from tenfold.methods.hqss import regions_of as regions_of
+    from tenfold.methods.hqss import removal_losses as removal_losses
+    from tenfold.methods.hqss import synthesize as synthesize
     from tenfold.methods.kcd import KCD as KCD
     from tenfold.methods.kcd import ContrastLoss as ContrastLoss
     from tenfold.methods.kcd import VariationalLoss as VariationalLoss
@@ -35,6 +48,12 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.kcd import prediction_entropy as prediction_entropy
     from tenfold.methods.kcd import relation_loss as relation_loss
     from tenfold.methods.kcd import similarity_loss as similarity_loss
+    from tenfold.methods.labnet import LabLoss as LabLoss
+    from tenfold.methods.labnet import LABNet as LABNet
+    from tenfold.methods.labnet import LABNetTraining as LABNetTraining
+    from tenfold.methods.labnet import RemovalLoss as RemovalLoss
+    from tenfold.methods.labnet import lab_loss as lab_loss
+    from tenfold.methods.labnet import removal_loss as removal_loss
     from tenfold.methods.lbc import LBC as LBC
     from tenfold.methods.lbc import candidates as candidates
     from tenfold.methods.lbc import from_blocks as from_blocks

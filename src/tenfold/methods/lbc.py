@@ -168,9 +168,7 @@ class LBC(Method):
 
     kind: ClassVar[Kind] = Kind.WEIGHTS
     stage: ClassVar[Stage] = Stage.MASK
-    tasks: ClassVar[frozenset[str]] = frozenset(
-        {"classification", "translation", "shadow_removal", "shadow_synthesis"}
-    )
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification", "translation", "shadow_removal"})
 
     n: int
     m: int

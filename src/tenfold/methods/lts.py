@@ -95,9 +95,7 @@ class LTS(Method):
 
     kind: ClassVar[Kind] = Kind.WEIGHTS
     stage: ClassVar[Stage] = Stage.QUANTIZE
-    tasks: ClassVar[frozenset[str]] = frozenset(
-        {"classification", "translation", "shadow_removal", "shadow_synthesis"}
-    )
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification", "translation", "shadow_removal"})
     wants_trained_start: ClassVar[bool] = True
 
     bits: int

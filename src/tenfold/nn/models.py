@@ -15,8 +15,11 @@ from tenfold.nn.c3d import C3D
 from tenfold.nn.cifar_resnet import CifarResNet
 from tenfold.nn.digitnet import DigitNet
 from tenfold.nn.generators import MobileResNetGenerator, ResNetGenerator, UNetGenerator
+from tenfold.nn.hqss_networks import HQSS, HQSSRemover
+from tenfold.nn.labnet import LABNet
 from tenfold.nn.lvvit import LVViT
 from tenfold.nn.pvt import DEPTHS, PyramidVisionTransformer
+from tenfold.nn.shadow_unet import ShadowUNet
 from tenfold.nn.stagenet import StageNet
 from tenfold.nn.supervit import SuperViT
 from tenfold.nn.unet3d import UNet3d
@@ -38,6 +41,15 @@ _OWN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "resnet_generator": (ResNetGenerator, {}),
     "mobile_resnet_generator": (MobileResNetGenerator, {}),
     "unet_generator": (UNetGenerator, {}),
+    "hqss": (HQSS, {}),
+    "hqss_remover": (HQSSRemover, {}),
+    "labnet": (LABNet, {}),
+    "shadow_unet": (ShadowUNet, {}),
+}
+# What networks of images are for, where it isn't translation.
+_TASKS = {
+    "hqss": "shadow_synthesis",
+    **dict.fromkeys(("hqss_remover", "labnet", "shadow_unet"), "shadow_removal"),
 }
 
 
@@ -84,6 +96,7 @@ def build(
     outputs: int | None = None,
     size: tuple[int, int] | None = None,
     frames: int | None = None,
+    task: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Network]:
     """Build a network with fresh weights.
@@ -96,6 +109,7 @@ def build(
         size: height and width of the input; given to transformers of timm and to our own networks
             that need it.
         frames: of a clip, likewise; None for images.
+        task: shadow_removal or shadow_synthesis, whose networks take more than an image.
         options: further keyword arguments of the constructor.
 
     Returns:
@@ -111,8 +125,12 @@ def build(
         known = {"num_classes": num_classes, "channels": channels, "outputs": outputs}
         return _users_own(name, known, given), Network(None)
     library, slash, model = name.partition("/")
+    wanted = "the task translation needs a generator"
+    if task is not None:
+        own_names = [each for each, served in _TASKS.items() if served == task]
+        wanted = f"the task {task} needs one of {', '.join(own_names)}, or a function of yours"
     if library in ("timm", "torchvision") and slash and num_classes is None:
-        raise UserError(f"model {name} is a classifier: the task translation needs a generator")
+        raise UserError(f"model {name} is a classifier: {wanted}")
     if library == "timm" and slash:
         return _timm(model, {"num_classes": num_classes, "in_chans": channels, **given}, size)
     if library == "torchvision" and slash:
@@ -121,12 +139,22 @@ def build(
     if own not in _OWN:
         raise unknown_name("model", name, [*_OWN, "timm/<name>", "torchvision/<name>"])
     network, fixed = _OWN[own]
-    arguments: dict[str, Any] = {"channels": channels, **given}
     accepted = inspect.signature(network).parameters
+    arguments: dict[str, Any] = {"channels": channels} if "channels" in accepted else {}
+    arguments |= given
+    served = _TASKS.get(own, "translation")
     if num_classes is not None and "num_classes" not in accepted:
-        raise UserError(f"model {name} makes images: it is for the task translation")
+        raise UserError(f"model {name} makes images: it is for the task {served}")
+    if outputs is not None and served != "translation":
+        raise UserError(
+            f"model {name} is for the task {served}: the task translation has generators"
+        )
+    if channels != 3 and "channels" not in accepted:
+        raise UserError(f"model {name} takes 3 channels, and the data has {channels}")
     if num_classes is None and "num_classes" in accepted:
-        raise UserError(f"model {name} is a classifier: the task translation needs a generator")
+        raise UserError(f"model {name} is a classifier: {wanted}")
+    if task is not None and task != served:
+        raise UserError(f"model {name} is for the task {served}: {wanted}")
     further = {"num_classes": num_classes, "outputs": outputs, "size": size, "frames": frames}
     for key, value in further.items():
         if key in accepted and value is not None:

@@ -113,6 +113,8 @@ def _quality(run: Run) -> list[Figure]:
     known = (
         ("L1 to the targets", "test_l1", "held out, images in -1 to 1; less is better"),
         ("FID", "test_fid", "held out; the extractor is named below"),
+        ("LAB error in the shadow", "test_shadow_lab_mae", "held out; a MAE, the field's RMSE"),
+        ("LAB error outside it", "test_nonshadow_lab_mae", "held out; less is better"),
     )
     found = [(label, run.metrics.last(name), note) for label, name, note in known]
     return [

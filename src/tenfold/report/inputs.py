@@ -22,7 +22,7 @@ __all__ = ["Bench", "Check", "Export", "Latency", "Layer", "Metrics", "Run", "Si
 # Only these columns of metrics.csv are drawn; others are left alone, whatever they hold.
 CURVES = (
     "train_loss", "test_loss", "test_accuracy", "density", "learning_rate",
-    "test_l1", "test_ssim", "test_fid",
+    "test_l1", "test_ssim", "test_fid", "test_shadow_lab_mae", "test_nonshadow_lab_mae",
 )  # fmt: skip
 # Epoch and value, in the file's order; `None` where the cell is empty or not finite.
 Curve = tuple[tuple[float, float | None], ...]
@@ -146,9 +146,9 @@ class Run:
 
     @property
     def makes_images(self) -> bool:
-        """Whether the network translates images: it has no accuracy, but a distance to others."""
+        """Whether the network makes images: it has no accuracy, but a distance to others."""
         curves = self.metrics.curves if self.metrics else {}
-        return "test_l1" in curves or "test_fid" in curves
+        return any(name in curves for name in ("test_l1", "test_fid", "test_shadow_lab_mae"))
 
 
 def read_run(folder: Path) -> Run:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,12 @@ from torch.nn import functional
 
 from tenfold.data import LabelledData, TranslationData, create
 from tenfold.errors import UserError
-from tenfold.tasks.loading import model_of, open_artifact
+from tenfold.tasks.loading import model_of, open_artifact, refuse_synthesizer
 from tenfold.tasks.translation_evaluation import TranslationEvaluation
+
+if TYPE_CHECKING:
+    from tenfold.data.shadows import ShadowData
+    from tenfold.tasks.removal_evaluation import RemovalEvaluation
 
 __all__ = ["Evaluation", "data_of", "evaluate"]
 
@@ -54,15 +58,16 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module | str | Path,
-    data: LabelledData | TranslationData | str | dict[str, Any] | None = None,
+    data: LabelledData | TranslationData | ShadowData | str | dict[str, Any] | None = None,
     *,
     to: str | None = None,
     batch_size: int | None = None,
-) -> Evaluation | TranslationEvaluation:
+) -> Evaluation | TranslationEvaluation | RemovalEvaluation:
     """Evaluate on the held-out images or clips of a data set.
 
     Of a network that translates images: by their distance to the targets, and by FID and KID where
-    its recipe names an extractor.
+    its recipe names an extractor. Of one that removes shadows: by the errors in the shadow, outside
+    it, and over all.
 
     Args:
         model: a module, or the path of a run, an artifact, an `.onnx` or an OpenVINO `.xml` file.
@@ -79,7 +84,12 @@ def evaluate(
     translated = _translation(model, data, to)
     if translated is not None:
         return translated
-    assert not isinstance(data, TranslationData)
+    from tenfold.tasks.removal_verbs import evaluate_removal
+
+    removed = evaluate_removal(model, data, to)  # type: ignore[arg-type]
+    if removed is not None:
+        return removed
+    assert data is None or isinstance(data, LabelledData | str | dict)
     with _opened(model, data, to) as (runtime, forward, images):
         return _evaluate(forward, images, runtime, batch_size or images.eval_batch_size)
 
@@ -142,6 +152,7 @@ def _opened(
         yield runtime, runner, data_of(data, runner.metadata, path)
         return
     run, found = open_artifact(path)
+    refuse_synthesizer(found)
     images = data_of(data, {"recipe": found.recipe}, path)
     exported = run.export / {"onnx": "model.onnx", "openvino": "model.xml"}.get(to or "", "-")
     if exported.is_file():

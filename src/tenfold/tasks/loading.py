@@ -27,6 +27,7 @@ __all__ = [
     "metadata_of",
     "model_of",
     "open_artifact",
+    "refuse_synthesizer",
     "wrapped",
 ]
 
@@ -58,6 +59,19 @@ def open_artifact(path: str | Path) -> tuple[RunFolder, artifact.Artifact]:
     return run, artifact.read(path)
 
 
+def refuse_synthesizer(found: artifact.Artifact) -> None:
+    """Refuse what paints shadows to a verb that has no use for it.
+
+    Raises:
+        UserError: the artifact is of the task shadow_synthesis.
+    """
+    if (found.recipe or {}).get("task") == "shadow_synthesis":
+        raise UserError(
+            f"{found.path} paints shadows for others to learn from: use it by tenfold synthesize, "
+            "or in a recipe of shadow_removal as methods.hqss.synthesizer"
+        )
+
+
 def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
     """Build a run's model. The user's own code is imported from where the run's recipe says.
 
@@ -82,6 +96,9 @@ def model_of(run: RunFolder, found: artifact.Artifact) -> nn.Module:
             options=recipe.model_options,
         )
         return found.model(generator)
+    if recipe.task == "shadow_removal":
+        remover, _ = models.build(recipe.model_name, task=recipe.task, options=recipe.model_options)
+        return found.model(remover)
     plain = fresh_network(recipe, create(recipe.data))
     return found.model(wrapped(plain, Network(None), recipe.make_methods(), recipe)[0])
 

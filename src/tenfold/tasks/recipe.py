@@ -16,6 +16,7 @@ import yaml
 
 from tenfold.errors import UserError, unknown_name
 from tenfold.methods import Method, find, in_order
+from tenfold.tasks import removal_recipe, synthesis_recipe
 from tenfold.tasks.gan_recipe import TRAIN_DEFAULTS, Gan, check_train
 
 __all__ = [
@@ -28,7 +29,13 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = ("classification", "translation")
+TASKS = ("classification", "translation", "shadow_removal", "shadow_synthesis")
+# What `train` is where a recipe of the task says nothing; for others the dataclass below has it.
+_TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "translation": TRAIN_DEFAULTS,
+    "shadow_removal": removal_recipe.TRAIN_DEFAULTS,
+    "shadow_synthesis": synthesis_recipe.TRAIN_DEFAULTS,
+}
 
 
 @dataclass(kw_only=True)
@@ -41,7 +48,8 @@ class Train:
         optimizer: sgd (momentum 0.9), adam, adamw, or any of timm's; a mapping of name and options.
         lr: peak learning rate; 0.1 for sgd, 0.001 for others.
         weight_decay: of weights with two or more axes; 0.0001 for sgd, 0.05 for others.
-        schedule: cosine, step (a tenth at 1/2 and 3/4 of the run), linear or constant.
+        schedule: cosine, step (a tenth at 1/2 and 3/4 of the run), linear or constant; linear is
+            constant for a while first in translation and shadow_removal.
         warmup_epochs: epochs in which the learning rate rises from near zero.
         label_smoothing: share of the target that is spread over all classes.
         mixup: alpha of MixUp; 0 is off.
@@ -100,11 +108,13 @@ class Recipe:
     """A run: what to learn, from what, and by which methods.
 
     Args:
-        task: what to learn: classification, or translation of images into images.
+        task: what to learn: classification, translation of images into images, shadow_removal
+            from photos, or shadow_synthesis, which paints shadows to learn that from.
         data: digits, cifar10, cifar100, motions, imagefolder:PATH, npz:PATH, hf:NAME, frames:PATH,
-            video:PATH, clips_npz:PATH; for translation edges2photo, pairs:PATH, unpaired:PATH; or a
-            mapping of name, path and options (size, limit, skip_bad, workers and more).
-        model: timm/NAME, torchvision/NAME, resnet20, mobile_resnet_generator and so on, or
+            video:PATH, clips_npz:PATH; for translation edges2photo, pairs:PATH, unpaired:PATH; for
+            shadows rendered_shadows, triplets:PATH, shadow_frames:PATH; or a mapping of name, path
+            and options (size, limit, skip_bad, workers and more).
+        model: timm/NAME, torchvision/NAME, resnet20, mobile_resnet_generator, labnet and so on, or
             file.py:function; or a mapping of name and the network's own arguments.
         init: where to start: pretrained, a run, an artifact, or a .safetensors or .pth file.
         methods: the methods' sections by name, such as lbc: {n: 2, m: 4}.
@@ -194,8 +204,9 @@ def load_recipe(
         values, origin = _read(source), Path(str(source)).stem
     for key, value in (overrides or {}).items():
         _override(values, key, value)
-    if values.get("task") == "translation" and isinstance(values.get("train") or {}, Mapping):
-        values["train"] = {**TRAIN_DEFAULTS, **(values.get("train") or {})}
+    defaults = _TRAIN_DEFAULTS.get(str(values.get("task")), {})
+    if defaults and isinstance(values.get("train") or {}, Mapping):
+        values["train"] = {**defaults, **(values.get("train") or {})}
     recipe = _typed(values)
     recipe.name = recipe.name or origin
     if recipe.task not in TASKS:
@@ -210,6 +221,10 @@ def load_recipe(
         recipe.gan.validate()
     elif recipe.gan != Gan():
         raise UserError(f"gan is for the task translation, and this is {recipe.task}: leave it out")
+    if recipe.task == "shadow_removal":
+        removal_recipe.check_train(recipe.train)
+    elif recipe.task == "shadow_synthesis":
+        synthesis_recipe.check_train(recipe.train)
     recipe.make_methods()
     return recipe
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -39,6 +39,11 @@ from tenfold.tasks.translation_run import TranslationRun, train_translation
 
 __all__ = ["Run", "check_trainer", "evaluate", "plan", "train"]
 
+if TYPE_CHECKING:
+    from tenfold.data.shadows import ShadowData
+    from tenfold.tasks.removal_run import RemovalRun
+    from tenfold.tasks.synthesis_run import SynthesisRun
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,14 +63,14 @@ class Run:
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | TranslationData | None = None,
+    data: LabelledData | TranslationData | ShadowData | None = None,
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
     command: str | None = None,
-) -> Run | TranslationRun | None:
+) -> Run | TranslationRun | RemovalRun | SynthesisRun | None:
     """Train a recipe to its end, and save the finished model as an artifact.
 
     Args:
@@ -85,8 +90,9 @@ def train(
         UserError: anything wrong with the recipe, the data or the folder, or a loss that is not
             finite; the last good checkpoint is kept.
     """
-    if task_of(recipe, overrides) == "translation":
-        return train_translation(
+    own = _train_of(task_of(recipe, overrides))
+    if own is not None:
+        found: Run | TranslationRun | RemovalRun | SynthesisRun | None = own(
             recipe,
             model,
             data,
@@ -96,6 +102,7 @@ def train(
             overrides=overrides,
             command=command,
         )
+        return found
     experiment = set_up(recipe, model, data, overrides)
     plans = layer_plans(experiment)  # now: a method may put other layers in place of the network's
     check_trainer(experiment.recipe.trainer)
@@ -133,6 +140,21 @@ def train(
     write_records(experiment.methods, experiment.data, folder)
     finished = callback.finalize(task).cpu().to(memory_format=torch.contiguous_format).eval()
     return _finish(experiment, plans, folder, finished, command)
+
+
+def _train_of(task: str | None) -> Callable[..., Any] | None:
+    """Return what trains a task whose runs are no classifier's; None for the others."""
+    if task == "translation":
+        return train_translation
+    if task == "shadow_removal":
+        from tenfold.tasks.removal_run import train_removal
+
+        return train_removal
+    if task == "shadow_synthesis":
+        from tenfold.tasks.synthesis_run import train_synthesis
+
+        return train_synthesis
+    return None
 
 
 def _refuse_itself(experiment: Experiment, path: Path) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from tenfold.tasks.optimization import epoch_sizes, make_optimizer
 from tenfold.tasks.other_networks import OtherNetwork, open_network
 from tenfold.tasks.recipe import Recipe, load_recipe, task_of
 from tenfold.tasks.starting_point import initialize
+
+if TYPE_CHECKING:
+    from tenfold.data.shadows import ShadowData
 
 __all__ = ["Experiment", "Plan", "plan", "set_up", "training_set"]
 
@@ -112,7 +115,7 @@ class Plan:
 def set_up(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | TranslationData | None = None,
+    data: LabelledData | TranslationData | ShadowData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Make what a recipe names, and refuse what can't work before anything starts.
@@ -171,7 +174,7 @@ def set_up(
 def plan(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: nn.Module | None = None,
-    data: LabelledData | TranslationData | None = None,
+    data: LabelledData | TranslationData | ShadowData | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Say what a recipe will do to every layer, without training.
@@ -185,10 +188,21 @@ def plan(
     Raises:
         UserError: whatever would stop the run.
     """
-    if task_of(recipe, overrides) == "translation":
+    task = task_of(recipe, overrides)
+    if task == "translation":
         from tenfold.tasks.translation_setup import plan_translation, set_up_translation
 
-        return plan_translation(set_up_translation(recipe, model, data, overrides))
+        return plan_translation(
+            set_up_translation(recipe, model, data, overrides)  # type: ignore[arg-type]
+        )
+    if task == "shadow_removal":
+        from tenfold.tasks.removal_setup import plan_removal, set_up_removal
+
+        return plan_removal(set_up_removal(recipe, model, data, overrides))
+    if task == "shadow_synthesis":
+        from tenfold.tasks.synthesis_setup import plan_synthesis, set_up_synthesis
+
+        return plan_synthesis(set_up_synthesis(recipe, model, data, overrides))
     return make_plan(set_up(recipe, model, data, overrides))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tenfold.data import create, load_clip, load_image, normalize
 from tenfold.deploy import artifact
 from tenfold.deploy.onnx import ExportResult, export
+from tenfold.deploy.shadow_export import export_remover
 from tenfold.errors import UserError
 from tenfold.measure import BenchResult, bench, measure_cells
 from tenfold.measure.cells import write_cells
@@ -27,6 +28,14 @@ from tenfold.tasks.loading import (
     metadata_of,
     model_of,
     open_artifact,
+    refuse_synthesizer,
+)
+from tenfold.tasks.removal_verbs import compared_removers, remover_example
+from tenfold.tasks.shadow_verbs import (
+    ShadowRemoved,
+    is_shadow_removal,
+    open_exported,
+    remove_shadows,
 )
 from tenfold.tasks.translation_verbs import (
     PREDICTIONS,
@@ -59,16 +68,20 @@ def export_run(path: str | Path, to: str = "onnx") -> ExportResult:
         UserError: see `tenfold.export`.
     """
     folder, found = open_artifact(path)
+    refuse_synthesizer(found)
     target = folder.export
     model = model_of(folder, found)
-    result = export(
-        model,
-        target,
-        example_of(found),
-        to=to,
-        metadata=metadata_of(found),
-        dynamic_size=model.multiple if isinstance(model, Generator) else None,
-    )
+    if is_shadow_removal(found.preprocessing):
+        result = export_remover(model, target, to, metadata_of(found))
+    else:
+        result = export(
+            model,
+            target,
+            example_of(found),
+            to=to,
+            metadata=metadata_of(found),
+            dynamic_size=model.multiple if isinstance(model, Generator) else None,
+        )
     notes = target / "export.json"
     known: list[dict[str, Any]] = []
     if notes.is_file():
@@ -107,6 +120,7 @@ def bench_run(
     """
     run = finished_run(path)
     recipe, found = run.recipe(), artifact.read(run.model)
+    refuse_synthesizer(found)
     model = model_of(run, found)
     label = str(run.facts().get("label") or "model")
     compared: dict[str, nn.Module] = {}
@@ -114,8 +128,11 @@ def bench_run(
     packed: dict[str, int] = {}
     onnx: dict[str, Path] = {}
     before = baseline or recipe.baseline
+    removes = recipe.task == "shadow_removal"
     if before is None and recipe.task == "translation":
         compared |= compared_models(run, found)
+    elif before is None and removes:
+        compared |= compared_removers(run, recipe)
     elif before is not None:
         dense = finished_run(before)
         dense_artifact = artifact.read(dense.model)
@@ -140,7 +157,7 @@ def bench_run(
             accuracy[pruned] = known[0].accuracy
     result = bench(
         compared,
-        example_of(found),
+        remover_example(found) if removes else example_of(found),
         batch_sizes=batch_sizes,
         threads=threads,
         runtimes=runtimes,
@@ -177,21 +194,32 @@ def predict(
     out: str | Path | None = None,
     tile: int | None = None,
     overwrite: bool = False,
-) -> list[Prediction] | list[Translated]:
+    mask: str | Path | None = None,
+    auto_mask: bool = False,
+    detector: str | Path | Callable[[Any], Any] | None = None,
+    background: str | None = None,
+    skip_bad: bool = False,
+) -> list[Prediction] | list[Translated] | list[ShadowRemoved]:
     """Classify image files; or clips, where the network was trained on clips.
 
-    A network that translates images writes what it makes of photos of any size into a folder.
+    A network that translates images, or removes shadows, writes what it makes of photos of any size
+    into a folder.
 
     Args:
-        path: a run or an artifact.
+        path: a run or an artifact; or the exported file of a network that removes shadows.
         files: images, brought upright and to the network's size and channels; or video files and
             folders of frames, of which the middle is taken.
         top: classes to name.
         model: a fresh network, where the artifact names none.
         budget: of a SuperViT: `5ms`, `1.2gmacs` or `300img/s`; its most accurate cell within that.
-        out: folder of translated photos; `RUN/predictions` by default.
+        out: folder of the photos that are written; `RUN/predictions` by default.
         tile: side of the tiles of large photos that are translated.
-        overwrite: replace translated photos that are there.
+        overwrite: replace photos that are there.
+        mask: where the shadow is: a file, or a folder of files with the photos' names.
+        auto_mask: guess where it is, which often fails.
+        detector: find it; see `tenfold.deploy.shadow_detector.open_detector`.
+        background: white, black or #rrggbb, behind transparent photos with shadows.
+        skip_bad: leave out photos with shadows that can't be read, and masks.
 
     Raises:
         UserError: no artifact, a budget below the cheapest cell, or a file that can't be read; the
@@ -199,12 +227,31 @@ def predict(
     """
     if not files:
         raise UserError("predict needs at least one file")
+    shadows: dict[str, Any] = {
+        "mask": mask,
+        "auto_mask": auto_mask,
+        "detector": detector,
+        "background": background,
+        "skip_bad": skip_bad,
+    }
+    exported = open_exported(path)
+    if exported is not None:
+        _refuse({"budget": budget, "tile": tile, "model": model}, "a network that removes shadows")
+        target = Path(path).parent / PREDICTIONS if out is None else Path(out)
+        return remove_shadows(*exported, files, target, overwrite=overwrite, **shadows)
     folder, found = open_artifact(path)
+    refuse_synthesizer(found)
     if found.preprocessing is None:
         raise UserError(
             f"{found.path} doesn't say how its input is prepared: save it with preprocessing=…"
         )
     network = found.model(model) if model is not None else model_of(folder, found)
+    if is_shadow_removal(found.preprocessing):
+        _refuse({"budget": budget, "tile": tile}, "a network that removes shadows")
+        target = folder.path / PREDICTIONS if out is None else Path(out)
+        facts = found.preprocessing
+        return remove_shadows(network, facts, files, target, overwrite=overwrite, **shadows)
+    _refuse(shadows, "a network that removes no shadows")
     if is_translation(found.recipe):
         if budget is not None:
             raise UserError("a budget is for a SuperViT: leave it out")
@@ -226,6 +273,12 @@ def predict(
             Prediction(str(file), [names[i] for i in best.indices.tolist()], best.values.tolist())
         )
     return results
+
+
+def _refuse(options: dict[str, Any], network: str) -> None:
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if given:
+        raise UserError(f"{' and '.join(given)}: not for {network}; leave it out")
 
 
 def _note(
