@@ -1,6 +1,6 @@
 """Removers of shadows trained side by side, and what needs no training.
 
-    python benchmarks/shadow_training.py                       # all, about 40 minutes twice
+    python benchmarks/shadow_training.py                       # all, about 25 minutes twice
     python benchmarks/shadow_training.py --arms pairs unet     # some of them
     python benchmarks/shadow_training.py --minutes 30          # start no run later; repeat to go on
 
@@ -17,9 +17,9 @@ same steps, crops and head start (`guess: ring`), from the same recipe but for w
     sparse      LAB-Net of width 16 at 1:4 (LBC), distilled from it
 
 Figures are of the held-out scenes at 256 x 256 alone, and of the last weights: nothing is chosen by
-them. Results go to results/<output>.json, runs to runs/<output>/, pictures of the first seed to
-results/<output>.jpg. The same command may be started twice at once, with OMP_NUM_THREADS=1; each
-takes runs that the other one hasn't.
+them. Results go to results/<output>.json, runs to runs/<output>/, with pictures of the first seed
+(whose photos' terms aren't known, so that they stay there). The same command may be started twice
+at once, with OMP_NUM_THREADS=1; each takes runs that the other one hasn't.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 import tenfold
-from common import RESULTS, save
+from common import save
 from paired import difference, spread
 from resumable import Results, Runs, command_of, locked
 from tenfold.data import create_shadows
@@ -52,7 +52,7 @@ from training import Clock
 RUNS = Path("runs")
 ARMS = ("pairs", "hqss", "rendered", "unet", "wide", "distilled", "sparse")
 SMALL: dict[str, Any] = {
-    "size": 96, "side": 128, "attention": 64, "batch_size": 4, "epochs": 32, "lr": 5e-4,
+    "size": 96, "side": 128, "attention": 64, "batch_size": 4, "epochs": 16, "lr": 5e-4,
     "ema": 0.98, "outside": 0.1, "unet": 16, "painter_epochs": 6, "light": 1.0,
 }  # fmt: skip
 LAB, RGB = "labnet", "shadow_unet"
@@ -306,7 +306,7 @@ def main(words: Sequence[str] | None = None) -> int:
     done = all(f"{arm}-{seed}" in results.runs for arm, seed in wanted)
     if done:
         shown = [arm for arm in ("hqss", "unet", "pairs") if arm in given.arms]
-        write_pictures(folder, given, RESULTS / f"{given.output}.jpg", shown)
+        write_pictures(folder, given, folder / "pictures.jpg", shown)
     print("all done" if done else "not all done: repeat the command to go on")
     return 0
 

@@ -41,6 +41,12 @@ def shaded(image: torch.Tensor, mask: torch.Tensor, light: torch.Tensor) -> torc
     return apply_gains(image, light, mask)
 
 
+def image_in_light(image: torch.Tensor, share: torch.Tensor, light: torch.Tensor) -> torch.Tensor:
+    """Take a share of the light away that a shadow takes, in linear light."""
+    left = 1 - share * (1 - light[:, :, None, None])
+    return linear_to_srgb(srgb_to_linear(image) * left)
+
+
 LIGHT = torch.tensor([[0.25, 0.3, 0.4]])
 
 
@@ -82,6 +88,18 @@ class TestGains:
         dark = shaded(image, soft_mask(mask, grow=0, sigma=0.75), LIGHT)
         before, after = ((each - image).abs().mean() for each in (dark, ring_guess(dark, mask)))
         assert after < 0.08 * before
+
+    @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+    def test_leave_no_rim_whether_the_shadow_is_sharp_or_soft(self, sigma):
+        image, mask = surface(96, 128), disc(96, 128, 25)
+        dark = image_in_light(image, soft_mask(mask, grow=0, sigma=sigma), LIGHT)
+        made = ring_guess(dark, mask)
+        rim = (soft_mask(mask, grow=4) > 0) & (soft_mask(1 - mask, grow=4) > 0)
+        rim = rim.expand_as(image)
+        apart = made - image
+        # On average light is neither missing nor left over along the border, and little anywhere.
+        assert abs(float(apart[rim].mean())) < 0.02
+        assert float(apart[rim].abs().mean()) < 0.25 * float((dark - image)[rim].abs().mean())
 
     def test_near_two_surfaces_are_those_of_each(self):
         # Left and right lie in light of another colour, such as that of a lamp.

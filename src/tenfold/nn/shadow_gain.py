@@ -8,9 +8,13 @@ its border, and the median around over that of the shadow.
 
 A shadow that crosses several surfaces needs a gain for each, so near the border the gain is that of
 the neighbourhood: light beside the border over light just inside, both averaged by a Gaussian, and
-mixed with the gain of the whole by how much border there is. At the border a shadow fades, and so
-does the gain: the mask is blurred for it. What this can't know is left to a network that starts
-from it, such as surfaces that end at the shadow's edge.
+mixed with the gain of the whole by how much border there is.
+
+At the border a shadow fades, by as much as the photo says: the level of a blurred mask tells how
+far a place is from the border, and the mean light at each level, along the whole border, which
+share of the lost light is lost there. Only so much is given back, so that no bright rim is left
+around a sharp shadow, nor a dark one inside a soft shadow. What all this can't know is left to a
+network that starts from it, such as surfaces that end at the shadow's edge.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ __all__ = [
     "Guess",
     "apply_gains",
     "local_gains",
+    "lost_shares",
     "mean_gains",
     "ring_gains",
     "ring_guess",
@@ -38,6 +43,8 @@ Guess = Literal["none", "ring"]
 # Of the shorter side: pixels next to the border are in the penumbra, and are left out.
 GAP, REACH = 2 / 256, 10 / 256
 PENUMBRA = 2 / 256  # sigma by which the mask is blurred
+LEVELS = 12  # of the blurred mask at which the mean light is taken
+CLEAR = 1.05  # times as light around as inside; below, the border says nothing
 NEIGHBOURHOOD = 32 / 256  # sigma of what is near
 TRUST = 0.1  # share of pixels at the border, in the neighbourhood, at which it counts half
 GRID = 64  # shorter side at which neighbourhoods are averaged
@@ -126,12 +133,62 @@ def local_gains(images: Tensor, mask: Tensor) -> Tensor:
 def ring_guess(images: Tensor, mask: Tensor) -> Tensor:
     """Return images whose shadows are brightened by `local_gains`, `(B, 3, H, W)` in [0, 1].
 
+    With s the share that `lost_shares` gives, light is divided by 1 - s (1 - 1 / gain).
+
     Args:
         images: sRGB in [0, 1], `(B, 3, H, W)`.
         mask: `(B, 1, H, W)` of zeros and ones.
     """
-    matte = soft_mask(mask.to(images.dtype), grow=0, sigma=PENUMBRA * min(images.shape[-2:]))
-    return apply_gains(images, local_gains(images, mask), matte)
+    lost = lost_shares(images, mask) * (1 - 1 / local_gains(images, mask))
+    return linear_to_srgb(srgb_to_linear(images) / (1 - lost)).clamp(0, 1)
+
+
+def lost_shares(images: Tensor, mask: Tensor) -> Tensor:
+    """Return how much of the light that a shadow takes is missing at each pixel, from 0 to 1.
+
+    It is 0 far outside the mask, 1 deep inside, and falls across the border as the photo's light
+    does on average.
+
+    Args:
+        images: sRGB in [0, 1], `(B, 3, H, W)`.
+        mask: `(B, 1, H, W)` of zeros and ones.
+
+    Returns:
+        `(B, 1, H, W)`.
+    """
+    shadow = mask.to(images.dtype)
+    soft = soft_mask(shadow, grow=0, sigma=PENUMBRA * min(images.shape[-2:]))
+    light = srgb_to_linear(images).mean(1, keepdim=True)
+    outer, core = _regions(shadow, *_pixels(images, REACH, GAP))
+    around, inside = _mean(light, outer)[:, 0], _mean(light, core)[:, 0]
+    found = []
+    for place, (level, seen) in enumerate(zip(soft, light, strict=True)):
+        border = (level > 0) & (level < 1)
+        if not bool(border.any()) or not bool(around[place] > CLEAR * inside[place]):
+            found.append(level)
+            continue
+        found.append(_fall(level, seen, border, around[place], inside[place]))
+    return torch.stack(found)
+
+
+def _fall(level: Tensor, light: Tensor, border: Tensor, around: Tensor, inside: Tensor) -> Tensor:
+    """Map the levels of a blurred mask to the shares of light that are lost there."""
+    levels, seen = level[border], light[border]
+    group = (levels * LEVELS).long().clamp(max=LEVELS - 1)
+    totals = torch.stack([torch.ones_like(levels), levels, seen])
+    sums = totals.new_zeros(3, LEVELS).index_add(1, group, totals)
+    count, places, means = sums[:, sums[0] > 0]
+    places, means = places / count, (means / count).clamp(inside, around)
+    # Light falls into the shadow; where it doesn't, by texture, half of the way each.
+    from_inside = means.flip(0).cummax(0).values.flip(0)
+    falling = (means.cummin(0).values + from_inside) / 2
+    ends = torch.tensor([0.0, 1.0]).to(level)
+    known = torch.cat([ends[:1], places, ends[1:]])
+    lost = torch.cat([ends[:1], (around - falling) / (around - inside), ends[1:]])
+    above = torch.searchsorted(known, level.flatten().contiguous()).clamp(1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    weight = ((level.flatten() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return torch.lerp(lost[above - 1], lost[above], weight).view(level.shape)
 
 
 def apply_gains(images: Tensor, gains: Tensor, mask: Tensor) -> Tensor:
