@@ -26,13 +26,20 @@ if TYPE_CHECKING:  # for completion and type checkers only; at run time names ar
     from tenfold.methods.hqss import HQSS as HQSS
     from tenfold.methods.hqss import HQSSRemover as HQSSRemover
     from tenfold.methods.hqss import HQSSTraining as HQSSTraining
+    from tenfold.methods.hqss import RefinementNetwork as RefinementNetwork
     from tenfold.methods.hqss import Regions as Regions
+    from tenfold.methods.hqss import RemovalNetwork as RemovalNetwork
+    from tenfold.methods.hqss import ShadowDiscriminator as ShadowDiscriminator
+    from tenfold.methods.hqss import ShadowEncoder as ShadowEncoder
+    from tenfold.methods.hqss import ShadowGenerator as ShadowGenerator
     from tenfold.methods.hqss import Synthesis as Synthesis
     from tenfold.methods.hqss import area_loss as area_loss
     from tenfold.methods.hqss import colour_loss as colour_loss
     from tenfold.methods.hqss import discriminator_losses as discriminator_losses
+    from tenfold.methods.hqss import frozen as frozen
     from tenfold.methods.hqss import generator_losses as generator_losses
     from tenfold.methods.hqss import light_loss as light_loss
+    from tenfold.methods.hqss import paint as paint
     from tenfold.methods.hqss import regions_of as regions_of
     from tenfold.methods.hqss import removal_losses as removal_losses
     from tenfold.methods.hqss import synthesize as synthesize
