@@ -228,3 +228,13 @@ class TestRemover:
             ShadowRemover(network, guess="wring")
         with pytest.raises(UserError, match="space"):
             ShadowRemover(network, space="xyz")
+
+    def test_autocast_lowers_no_light(self):
+        """Under bf16-mixed the guess and the blend are those of float32, and of its type."""
+        mask = disc(72, 80, 15)
+        image = shaded(surface(72, 80), mask, LIGHT)
+        remover = ShadowRemover(lambda codes, mask: codes, guess="ring")
+        with torch.autocast("cpu", torch.bfloat16):
+            made = remover(image, mask)
+        assert made.dtype == torch.float32
+        assert torch.equal(made, remover(image, mask))

@@ -330,3 +330,16 @@ def test_held_out_photos_are_made_as_predict_makes_them(folder):
     assert torch.equal(made[1], images[1])
     whole = removed(ShadowRemover(network, guess="ring"), images, masks)
     assert not torch.equal(whole[0], made[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_small_copies_reach_a_network_on_a_gpu():
+    torch.manual_seed(0)
+    images, masks = torch.rand(1, 3, 100, 120).cuda(), torch.zeros(1, 1, 100, 120).cuda()
+    masks[..., 30:70, 40:80] = 1
+    network = LABNet(4, attention_size=16).eval()
+    network.identity_start()
+    expected = removed(ShadowRemover(network, guess="ring", side=80), images.cpu(), masks.cpu())
+    made = removed(ShadowRemover(network.cuda(), guess="ring", side=80), images, masks)
+    assert made.is_cuda
+    torch.testing.assert_close(made.cpu(), expected, atol=2 / 255, rtol=0)

@@ -187,6 +187,8 @@ def test_masks_in_a_folder_go_by_the_photos_names(photo, mask, tmp_path):
     assert [each.mask for each in found] == [str(mask), str(mask.parent / "other.jpg")]
     with pytest.raises(UserError, match=r"2 photos and one mask, .*: give a folder of masks"):
         remove_shadows(same, FACTS, files, tmp_path / "o2", mask=mask)
+    with pytest.raises(UserError, match=r"street\.png is given as its own mask: expected another"):
+        remove_shadows(same, FACTS, [photo], tmp_path / "o2", mask=photo.parent)
     mask.unlink()
     with pytest.raises(UserError, match=r"has no mask for .*street\.png: expected files of the"):
         remove_shadows(same, FACTS, files, tmp_path / "o2", mask=mask.parent)

@@ -198,6 +198,16 @@ def test_bad_files_stop_it_by_name_or_are_left_out(finished, photos, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_photos_that_are_read_are_not_written_over(finished, photos):
+    for source, name in (("photos", "train_A"), ("masks", "train_B")):
+        (photos / source).rename(photos / name)
+    before = pixels(photos / "train_A" / "p0.png")
+    folders = (photos / "train_A", photos / "train_B", photos)
+    with pytest.raises(UserError, match=r"p0\.png is a file that is read: give another folder"):
+        synthesize_files(finished.path, *folders, overwrite=True)
+    assert np.array_equal(pixels(photos / "train_A" / "p0.png"), before)
+
+
 def test_a_run_that_is_killed_and_goes_on_equals_one_that_is_not(tmp_path, monkeypatch):
     given = recipe()
     whole = tenfold.train(given, run_dir=tmp_path / "whole")

@@ -19,6 +19,7 @@ network that starts from it, such as surfaces that end at the shadow's edge.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -225,8 +226,12 @@ def _blurred(maps: Tensor, sigma: float, border: str) -> Tensor:
     kernel = (-(places**2) / (2 * sigma**2)).exp()
     kernel = kernel / kernel.sum()
     planes = functional.pad(maps.flatten(0, 1)[:, None], [reach] * 4, border)
-    planes = functional.conv2d(planes, kernel[None, None, None])
-    planes = functional.conv2d(planes, kernel[None, None, :, None])
+    # In the maps' own precision whatever autocast says: three digits are too few for light.
+    kind = maps.device.type
+    lowered = torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if lowered else contextlib.nullcontext():
+        planes = functional.conv2d(planes, kernel[None, None, None])
+        planes = functional.conv2d(planes, kernel[None, None, :, None])
     return planes.view(maps.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -192,6 +193,10 @@ def removed(remover: Remover, images: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
             return remover(images, mask)
     assert isinstance(remover, ShadowRemover)
+    network, device = remover.network, images.device
+    # Photos are worked on where their bytes are; only the network is on the device.
+    remover = copy.copy(remover)
+    remover.network = lambda codes, shadow: network(codes.to(device), shadow.to(device)).cpu()
     made = []
     for image, shadow in zip(images, mask, strict=True):
         pixels = image[None].mul(255).round().to(torch.uint8)
@@ -199,7 +204,7 @@ def removed(remover: Remover, images: Tensor, mask: Tensor) -> Tensor:
             made.append(image[None])
             continue
         found = remove_shadow(remover, pixels.cpu(), shadow[0].to(torch.uint8).cpu(), side=side)
-        made.append(found.pixels.to(images.device).float().div(255))
+        made.append(found.pixels.to(device).float().div(255))
     return torch.cat(made)
 
 

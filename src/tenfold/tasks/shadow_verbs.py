@@ -198,6 +198,12 @@ def _plans(
         output = out / f"{file.stem}{ending}"
         plans.append(_Plan(file, output, mask or out / f"{file.stem}_mask.png"))
         written += [output] if mask else [output, plans[-1].mask]
+    for file, mask in zip(map(Path, files), masks, strict=True):
+        if mask is not None and mask.resolve() == file.resolve():
+            raise UserError(
+                f"{file} is given as its own mask: expected another file, white in the shadow; "
+                "give masks of the photos' names in a folder of their own"
+            )
     read = {plan.file.resolve() for plan in plans} | {each.resolve() for each in masks if each}
     for target in written:
         if written.count(target) > 1:

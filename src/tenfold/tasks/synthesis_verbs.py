@@ -106,8 +106,11 @@ def synthesize_files(
     matched, orphans = match_folders({PHOTOS: images, MASKS: masks}, skip_unmatched)
     found = Synthesized(Path(out), left_out=list(orphans))
     targets = {one.name: _targets(Path(out), split, one.name) for one in matched}
+    read = {file.resolve() for one in matched for file in one.files.values()}
     for files in targets.values():
         for target in files:
+            if target.resolve() in read:
+                raise UserError(f"{target} is a file that is read: give another folder by --out")
             check_photo_path(target, overwrite)
     shapes, kept = _shapes(matched, skip_bad, found)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
