@@ -257,6 +257,6 @@ def test_an_optimized_model_starts_no_training(saved):
 def test_the_edits_are_a_closed_list():
     assert edits.EDITS == (
         "FoldedNorm", "Bias", "Replaced", "NMConv2d", "NMLinear", "PackedWinogradConv3d",
-        "WinogradConv3d", "PackedGenerator", "QuantizedConv1d", "QuantizedConv2d",
-        "QuantizedConv3d", "QuantizedLinear",
+        "WinogradConv3d", "PackedGenerator", "PackedLABNet", "QuantizedConv1d",
+        "QuantizedConv2d", "QuantizedConv3d", "QuantizedLinear",
     )  # fmt: skip
